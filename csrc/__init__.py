@@ -1,0 +1,1 @@
+"""The C++ sources, and in Python how they are built; not installed."""

@@ -1,0 +1,220 @@
+// adaln_modulate, gate_residual and gate_residual_adaln: one row kernel
+//
+// A row (a few KB) stays in L1 over the two or three passes of its norm, so each tensor is read and written once.
+// What modulates is brought to fp32 once per distinct row: per sample, that is once per sample and thread.
+#include "adaln.h"
+
+#include <cmath>
+#include <new>
+
+#include "parallel.h"
+#include "simd.h"
+
+namespace fastdiff::cpu::FASTDIFF_ISA {
+namespace {
+
+constexpr int kUnroll = 4;  // independent sums, to hide the latency of an addition
+
+// body(i, k, lanes): elements i..., with the k-th of kUnroll accumulators.
+template <class Body>
+inline void for_each_vec(int64_t n, const Body& body) {
+  int64_t i = 0;
+  for (; i + kUnroll * Vec::size <= n; i += kUnroll * Vec::size)
+    for (int k = 0; k < kUnroll; ++k) body(i + k * Vec::size, k, All{});
+  for (; i + Vec::size <= n; i += Vec::size) body(i, 0, All{});
+  if (i < n) body(i, 0, n - i);
+}
+
+inline float total(const Vec (&sum)[kUnroll]) { return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])); }
+
+struct Scratch {
+  explicit Scratch(int64_t columns)
+      : pitch((columns + 15) / 16 * 16),
+        data(static_cast<float*>(::operator new(4 * pitch * sizeof(float), std::align_val_t(64)))) {}
+  ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
+  Scratch(const Scratch&) = delete;
+  float* row(int i) const { return data + i * pitch; }
+  int64_t pitch;
+  float* data;
+};
+
+inline int64_t element_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+// Walks over the rows of all operands in the order of x's leading axes.
+class Position {
+ public:
+  Position(const int64_t (&size)[Rows::kAxes], int64_t row) : size_(size) {
+    for (int axis = Rows::kAxes; axis-- > 0; row /= size[axis]) index_[axis] = row % size[axis];
+  }
+  void advance() {
+    for (int axis = Rows::kAxes; axis-- > 0;) {
+      if (++index_[axis] < size_[axis]) return;
+      index_[axis] = 0;
+    }
+  }
+  const void* of(const Rows& rows) const {
+    if (!rows.data) return nullptr;
+    int64_t offset = 0;
+    for (int axis = 0; axis < Rows::kAxes; ++axis) offset += index_[axis] * rows.stride[axis];
+    return static_cast<const char*>(rows.data) + offset * element_size(rows.dtype);
+  }
+
+ private:
+  const int64_t (&size_)[Rows::kAxes];
+  int64_t index_[Rows::kAxes];
+};
+
+void widen(const void* row, DType dtype, float* out, int64_t n) {
+  dispatch(dtype, [&](auto tag) {
+    const auto* from = static_cast<const decltype(tag)*>(row);
+    for_each_vec(n, [&](int64_t i, int, auto lanes) { store(out + i, load(from + i, lanes), lanes); });
+  });
+}
+
+// out = body(out, row)
+template <class Body>
+void combine(const void* row, DType dtype, float* out, int64_t n, const Body& body) {
+  dispatch(dtype, [&](auto tag) {
+    const auto* from = static_cast<const decltype(tag)*>(row);
+    for_each_vec(n, [&](int64_t i, int, auto lanes) {
+      store(out + i, body(load(out + i, lanes), load(from + i, lanes)), lanes);
+    });
+  });
+}
+
+// The affine map after the norm, a * n + b with a = weight (1 + scale), b = bias (1 + scale) + shift, in fp32.
+class Affine {
+ public:
+  Affine(const AdalnArgs& args, float* a, float* b) : args_(args), a_(a), b_(b) {}
+  void at(const Position& position) {
+    const void* scale = position.of(args_.scale);
+    const void* shift = position.of(args_.shift);
+    if (ready_ && scale == scale_ && shift == shift_) return;
+    ready_ = true, scale_ = scale, shift_ = shift;
+    const int64_t n = args_.columns;
+    const auto set = [&](const Rows& rows, float* out, float otherwise) {
+      if (rows.data) return widen(rows.data, rows.dtype, out, n);
+      for (int64_t i = 0; i < n; ++i) out[i] = otherwise;
+    };
+    set(args_.weight, a_, 1.0f);
+    set(args_.bias, b_, 0.0f);
+    if (scale) {
+      const auto times = [](Vec value, Vec s) { return fma(value, s, value); };
+      combine(scale, args_.scale.dtype, a_, n, times);
+      if (args_.bias.data) combine(scale, args_.scale.dtype, b_, n, times);
+    }
+    if (shift) combine(shift, args_.shift.dtype, b_, n, [](Vec value, Vec s) { return value + s; });
+  }
+
+ private:
+  const AdalnArgs& args_;
+  float *a_, *b_;
+  bool ready_ = false;
+  const void *scale_ = nullptr, *shift_ = nullptr;
+};
+
+// y = residual + gate * x; `wide`, unless null, receives y as rounded.
+template <class T>
+void gated_row(const T* x, const float* gate, const T* residual, T* y, float* wide, int64_t n) {
+  for_each_vec(n, [&](int64_t i, int, auto lanes) {
+    const Vec value = fma(load(gate + i, lanes), load(x + i, lanes), load(residual + i, lanes));
+    store(y + i, value, lanes);
+    if (wide) store(wide + i, load(y + i, lanes), lanes);
+  });
+}
+
+// The inputs of the next row, fetched while this one is being normalised: the hardware fetches during the first
+// pass only. Rows are taken to follow each other; where they do not, this does nothing.
+template <class X>
+struct Next {
+  const X *x, *residual;  // residual may be null
+  void fetch(int64_t i) const {
+    prefetch(x + i);
+    if (residual) prefetch(residual + i);
+  }
+};
+
+template <class X, class T>
+void rms_row(const float* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
+  Vec squares[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  for_each_vec(n, [&](int64_t i, int k, auto lanes) {
+    const Vec v = load(x + i, lanes);
+    squares[k] = fma(v, v, squares[k]);
+  });
+  const Vec inverse(1.0f / std::sqrt(total(squares) / n + eps));
+  for_each_vec(n, [&](int64_t i, int, auto lanes) {
+    next.fetch(i);
+    store(out + i, fma(load(x + i, lanes) * inverse, load(a + i, lanes), load(b + i, lanes)), lanes);
+  });
+}
+
+// Variance by the corrected two-pass algorithm (Chan, Golub and LeVeque, 1983). The rounding error of the mean,
+// which would show in the result where the mean is large, is measured in the second pass and taken out as well.
+template <class X, class T>
+void layer_norm_row(const float* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
+  Vec sum[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  for_each_vec(n, [&](int64_t i, int k, auto lanes) { sum[k] = sum[k] + load(x + i, lanes); });
+  const Vec mean(total(sum) / n);
+  Vec rest[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  Vec squares[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
+  for_each_vec(n, [&](int64_t i, int k, auto lanes) {
+    next.fetch(i);
+    const Vec centred = keep_first(load(x + i, lanes) - mean, lanes);
+    rest[k] = rest[k] + centred;
+    squares[k] = fma(centred, centred, squares[k]);
+  });
+  const float error = total(rest) / n;
+  const float variance = total(squares) / n - error * error;
+  const float inverse = 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps);
+  const Vec factor(inverse), offset(-error * inverse);
+  for_each_vec(n, [&](int64_t i, int, auto lanes) {
+    const Vec normal = fma(load(x + i, lanes) - mean, factor, offset);
+    store(out + i, fma(normal, load(a + i, lanes), load(b + i, lanes)), lanes);
+  });
+}
+
+template <class T>
+void rows(const AdalnArgs& args, int64_t begin, int64_t end) {
+  const int64_t n = args.columns;
+  const Scratch scratch(n);
+  float *wide = scratch.row(0), *a = scratch.row(1), *b = scratch.row(2), *gate_copy = scratch.row(3);
+  Affine affine(args, a, b);
+  const void* last_gate = nullptr;
+  Position position(args.size, begin);
+  for (int64_t row = begin; row < end; ++row, position.advance()) {
+    const T* x = static_cast<const T*>(position.of(args.x));
+    const T* residual = static_cast<const T*>(position.of(args.residual));
+    const float* normed = wide;
+    if (const void* gate = position.of(args.gate)) {
+      if (gate != last_gate) widen(gate, args.gate.dtype, gate_copy, n), last_gate = gate;
+      gated_row(x, gate_copy, residual, static_cast<T*>(args.y) + row * n, args.out ? wide : nullptr, n);
+    } else if constexpr (sizeof(T) == sizeof(float)) {
+      normed = x;
+    } else {
+      widen(x, args.x.dtype, wide, n);
+    }
+    if (!args.out) continue;
+    affine.at(position);
+    const Next<T> next{x + n, residual ? residual + n : nullptr};
+    dispatch(args.out_dtype, [&](auto tag) {
+      auto* out = static_cast<decltype(tag)*>(args.out) + row * n;
+      if (args.rms)
+        rms_row(normed, next, a, b, out, n, args.eps);
+      else
+        layer_norm_row(normed, next, a, b, out, n, args.eps);
+    });
+  }
+}
+
+}  // namespace
+
+void adaln(const AdalnArgs& args) {
+  const int64_t count = args.size[0] * args.size[1] * args.size[2] * args.size[3];
+  if (args.columns == 0) return;
+  dispatch(args.x.dtype, [&](auto tag) {
+    parallel_for(0, count, 8192 / args.columns + 1,
+                 [&](int64_t begin, int64_t end) { rows<decltype(tag)>(args, begin, end); });
+  });
+}
+
+}  // namespace fastdiff::cpu::FASTDIFF_ISA
