@@ -1,0 +1,44 @@
+"""fastdiff: ``fastdiff.patch(pipe)`` makes a Diffusers pipeline faster and changes nothing else."""
+
+__version__ = "0.1.0"  # before the imports: the extension is checked against it
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastdiff import ops
+from fastdiff._allocator import tune_cpu_allocator
+from fastdiff.backends import BackendError, use_backend
+from fastdiff.info import info
+
+if TYPE_CHECKING:
+    from fastdiff._report import report
+    from fastdiff._verify import verify
+    from fastdiff.patching import patch, patched, unpatch
+
+__all__ = [
+    "BackendError",
+    "info",
+    "ops",
+    "patch",
+    "patched",
+    "report",
+    "tune_cpu_allocator",
+    "unpatch",
+    "use_backend",
+    "verify",
+]
+
+# These need Diffusers, which takes seconds to import.
+_LAZY = {
+    "patch": "fastdiff.patching",
+    "patched": "fastdiff.patching",
+    "report": "fastdiff._report",
+    "unpatch": "fastdiff.patching",
+    "verify": "fastdiff._verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fastdiff' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)

@@ -1,0 +1,148 @@
+"""Who serves an op: backends, what each kernel accepts, the choice, and the reason for every refusal.
+
+A kernel declares in ``refuse(*args, **kwargs)`` what it does not take, as one sentence; ``None`` means it
+takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call serves it, else eager.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+#: In order of preference.
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+
+Refuse = Callable[..., str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What serves one call.
+
+    Attributes:
+        backend: one of :data:`BACKENDS`.
+        run: call it with the op's arguments.
+        reason: why no better backend serves the call; empty when the best one does.
+    """
+
+    backend: str
+    run: Callable[..., Any]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One backend's implementation of one op."""
+
+    op: str
+    backend: str
+    run: Callable[..., Any]
+    refuse: Refuse
+    choice: Choice = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "choice", Choice(self.backend, self.run))
+
+
+class BackendError(RuntimeError):
+    """A backend was demanded (``use_backend(..., strict=True)``) that does not take the call."""
+
+
+# Read with getattr: torch.compile guards on attributes of a plain threading.local, not on those of a subclass.
+_override = threading.local()
+_kernels: dict[str, list[Kernel]] = {}
+#: Why a whole backend cannot run here; filled at import by the backends themselves.
+unavailable: dict[str, str] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Add a kernel; among an op's kernels the order of :data:`BACKENDS` decides, not of registration."""
+    kernels = _kernels.setdefault(kernel.op, [])
+    kernels[:] = [k for k in kernels if k.backend != kernel.backend] + [kernel]
+    kernels.sort(key=lambda k: BACKENDS.index(k.backend))
+
+
+def kernels_of(op: str) -> tuple[Kernel, ...]:
+    """The kernels registered for an op, best first."""
+    return tuple(_kernels.get(op, ()))
+
+
+def overridden() -> tuple[str | None, bool]:
+    """The backend demanded by :func:`use_backend` in this thread, and whether strictly."""
+    return getattr(_override, "backend", None), getattr(_override, "strict", False)
+
+
+@contextlib.contextmanager
+def use_backend(backend: str, *, strict: bool = False) -> Iterator[None]:
+    """Within the block, and in this thread, let only ``backend`` serve the ops.
+
+    Args:
+        backend: one of :data:`BACKENDS`.
+        strict: raise :class:`BackendError`, naming the reason, where the backend does not take a call;
+            otherwise such a call runs eager.
+
+    Raises:
+        ValueError: if the backend is unknown.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    saved = overridden()
+    _override.backend, _override.strict = backend, strict
+    try:
+        yield
+    finally:
+        _override.backend, _override.strict = saved
+
+
+def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
+    """The choice for one call of ``op``; ``eager`` is its reference."""
+    wanted, strict = overridden()
+    reasons = ""
+    if wanted != "eager":
+        if torch._C._is_any_autocast_enabled():
+            reasons = "autocast is on"
+        else:
+            for kernel in _kernels.get(op, ()):
+                if wanted is not None and kernel.backend != wanted:
+                    continue
+                reason = kernel.refuse(*args, **kwargs)
+                if reason is None:
+                    return kernel.choice
+                reasons = f"{reasons}; {kernel.backend}: {reason}" if reasons else f"{kernel.backend}: {reason}"
+        if not reasons:
+            names = BACKENDS[:-1] if wanted is None else (wanted,)
+            reasons = "; ".join(f"{n}: {unavailable.get(n, f'has no kernel for {op}')}" for n in names)
+        if strict:
+            raise BackendError(f"backend {wanted!r} does not take this call of {op}: {reasons}")
+    else:
+        reasons = "use_backend('eager') is in effect"
+    return Choice("eager", eager, reasons)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def tensor_reason(device: str, dtypes: frozenset[torch.dtype], *tensors: torch.Tensor | None) -> str | None:
+    """The refusal every kernel shares: device, dtype, gradients, tensor subclasses; ``None`` if all pass."""
+    if forward_ad._current_level >= 0:  # dual tensors do not set requires_grad
+        return "forward-mode differentiation is on"
+    grad = torch.is_grad_enabled()
+    is_there = "is_" + device  # a fifth of the time of `t.device.type`
+    for t in tensors:
+        if t is None:
+            continue
+        if not getattr(t, is_there):
+            return f"a tensor is on {t.device.type}"
+        if t.dtype not in dtypes:
+            return f"a tensor is {str(t.dtype)[6:]}"
+        if grad and t.requires_grad:
+            return "a gradient is needed"
+        if type(t) not in _PLAIN and not torch.compiler.is_compiling():
+            return f"a tensor is a {type(t).__name__}"
+    return None

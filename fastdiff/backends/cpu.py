@@ -1,0 +1,184 @@
+"""The CPU backend: the C++ kernels of ``csrc/cpu``, and what each accepts.
+
+Every kernel takes float32, bfloat16 and float16, computes in fp32 and rounds once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import _extension
+from fastdiff.backends import Kernel, Refuse, register, tensor_reason, unavailable
+
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
+
+_AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+
+def _run(op: str) -> Callable[..., Any]:
+    overload = getattr(torch.ops.fastdiff, op).default
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return overload(*args, **kwargs)
+        # refuse() has excluded gradients, so the Python kernel at the Autograd key (2 us) is skipped.
+        with _AutoDispatchBelowAutograd():
+            return overload(*args, **kwargs)
+
+    return run
+
+
+def _reason(*tensors: Tensor | None) -> str | None:
+    return tensor_reason("cpu", DTYPES, *tensors)
+
+
+def _rows_reason(x: Tensor, *tensors: Tensor | None) -> str | None:
+    if x.dim() > 5:
+        return f"x has {x.dim()} axes, more than 5"
+    for t in (x, *tensors):
+        if t is not None and t.stride()[-1] != 1 and t.shape[-1] != 1:
+            return "a tensor's last axis is not contiguous"
+    return _reason(x, *tensors)
+
+
+def _adaln_modulate(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rms: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> str | None:
+    if out_dtype is not None and out_dtype not in DTYPES:
+        return f"out_dtype is {str(out_dtype)[6:]}"
+    return _rows_reason(x, scale, shift, weight, bias)
+
+
+def _gate_residual(x: Tensor, gate: Tensor, residual: Tensor) -> str | None:
+    if x.dtype != residual.dtype:
+        return f"x is {str(x.dtype)[6:]} and residual {str(residual.dtype)[6:]}"
+    return _rows_reason(x, gate, residual)
+
+
+def _gate_residual_adaln(
+    x: Tensor,
+    gate: Tensor,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rms: bool = False,
+) -> str | None:
+    if x.dtype != residual.dtype:
+        return f"x is {str(x.dtype)[6:]} and residual {str(residual.dtype)[6:]}"
+    return _rows_reason(x, gate, residual, scale, shift, weight, bias)
+
+
+def _contiguous_only(x: Tensor) -> str | None:
+    return _reason(x) or (None if x.is_contiguous() else "x is not contiguous")
+
+
+def _group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None,
+                     eps: float = 1e-5, *, temb: Tensor | None = None, scale: Tensor | None = None,
+                     shift: Tensor | None = None, silu: bool = True, tokens: bool = False) -> str | None:
+    return _reason(x, weight, bias, temb, scale, shift)
+
+
+def _scheduler_step(
+    sample: Tensor,
+    model_output: Tensor,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    prev: Sequence[float],
+    entry: Sequence[float],
+    clip: float | None = None,
+    prev_dtype: torch.dtype | None = None,
+    entry_dtype: torch.dtype | None = None,
+) -> str | None:
+    if len(history) > 8:
+        return f"there are {len(history)} history tensors, more than 8"
+    for dtype in (prev_dtype, entry_dtype):
+        if dtype is not None and dtype not in DTYPES:
+            return f"a result's dtype is {str(dtype)[6:]}"
+    tensors = sample, model_output, noise, *history
+    if not sample.is_contiguous():
+        # The kernel runs over memory in order, and copies what is laid out otherwise only to contiguous.
+        if not (sample.dim() == 4 and sample.is_contiguous(memory_format=torch.channels_last)):
+            return "sample is neither contiguous nor channels_last"
+        if any(t is not None and t.stride() != sample.stride() for t in tensors):
+            return "a tensor is not laid out like sample"
+    return _reason(*tensors)
+
+
+def _cfg_combine(
+    uncond: Tensor, cond: Tensor, guidance_scale: float, guidance_rescale: float = 0.0
+) -> str | None:
+    if not (uncond.is_contiguous() and cond.is_contiguous()):
+        return "a tensor is not contiguous"
+    return _reason(uncond, cond)
+
+
+_MASK_DTYPES = DTYPES | {torch.bool}
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+) -> str | None:
+    depth, keys = q.shape[3], k.shape[1]
+    if not (depth and keys):
+        return "there are no keys" if depth else "the head dimension is 0"
+    if v.shape[3] != depth:
+        return f"v's head dimension is {v.shape[3]} and q's {depth}"
+    if depth > 256:
+        return f"torch's attention is as fast at head dimension {depth}, where the matrix products are nearly all"
+    if depth > 1 and (q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1):
+        return "the last axis of q, k or v is not contiguous"
+    if scale is not None and not scale > 0:
+        return f"scale is {scale}, not positive"
+    if attn_mask is None:
+        return _reason(q, k, v)
+    if attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1):
+        return "attn_mask is broadcast along the keys or not contiguous along them"
+    return _reason(q, k, v) or tensor_reason("cpu", _MASK_DTYPES, attn_mask)
+
+
+REFUSE: dict[str, Refuse] = {
+    "adaln_modulate": _adaln_modulate,
+    "attention": _attention,
+    "cfg_combine": _cfg_combine,
+    "gate_residual": _gate_residual,
+    "gate_residual_adaln": _gate_residual_adaln,
+    "geglu": _contiguous_only,
+    "gelu_tanh": _contiguous_only,
+    "group_norm_silu": _group_norm_silu,
+    "scheduler_step": _scheduler_step,
+}
+
+
+def register_kernels() -> None:
+    """Register what the loaded extension can run on this CPU, or note why it cannot."""
+    reason = _extension.why_not_cpu()
+    if reason is not None:
+        unavailable["cpu"] = reason
+        return
+    for op, refuse in REFUSE.items():
+        # An extension from before an op was added runs the others.
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CPU"):
+            register(Kernel(op, "cpu", _run(op), refuse))

@@ -1,0 +1,26 @@
+"""The fused ops. Each is one file: contract, schema, eager reference and fake implementation."""
+
+from fastdiff.backends import cpu as _cpu
+from fastdiff.ops.adaln_modulate import adaln_modulate
+from fastdiff.ops.attention import attention
+from fastdiff.ops.cfg_combine import cfg_combine
+from fastdiff.ops.gate_residual import gate_residual
+from fastdiff.ops.gate_residual_adaln import gate_residual_adaln
+from fastdiff.ops.geglu import geglu
+from fastdiff.ops.gelu_tanh import gelu_tanh
+from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.scheduler_step import scheduler_step
+
+__all__ = [
+    "adaln_modulate",
+    "attention",
+    "cfg_combine",
+    "gate_residual",
+    "gate_residual_adaln",
+    "geglu",
+    "gelu_tanh",
+    "group_norm_silu",
+    "scheduler_step",
+]
+
+_cpu.register_kernels()

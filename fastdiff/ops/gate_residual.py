@@ -1,0 +1,48 @@
+"""A gated branch added to its residual in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastdiff.ops._library import fused_op
+from fastdiff.ops.adaln_modulate import align_modulation, check_modulation
+
+
+def check_gated(x: Tensor, gate: Tensor, residual: Tensor) -> None:
+    """Raise ``ValueError`` for arguments that :func:`gate_residual` does not take."""
+    full = x.shape
+    if not full or not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype} of shape {tuple(full)}, expected floating point (..., D)")
+    if residual.shape != full:
+        raise ValueError(f"residual has shape {tuple(residual.shape)}, expected x's {tuple(full)}")
+    if not residual.is_floating_point():
+        raise ValueError(f"residual is {residual.dtype}, expected floating point")
+    check_modulation("gate", gate.shape, full)
+
+
+@fused_op("(Tensor x, Tensor gate, Tensor residual) -> Tensor")
+def gate_residual(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    """``residual + gate * x`` (the branches of DiT blocks).
+
+    Args:
+        x: (..., D), usually (B, S, D): the branch.
+        gate: (B, D), (B, 1, D), (B, S, D) or (D,), as ``scale`` in :func:`adaln_modulate`.
+        residual: of x's shape.
+
+    Returns:
+        A contiguous tensor of x's shape and the residual's dtype.
+
+    Raises:
+        ValueError: if a shape or dtype is none of the above.
+    """
+    y = residual + align_modulation(gate, x) * x
+    return y.to(residual.dtype).contiguous()
+
+
+gate_residual.check(check_gated)
+
+
+@gate_residual.fake
+def _fake(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=residual.dtype, device=x.device)

@@ -1,0 +1,125 @@
+"""GroupNorm with everything a ResNet block does around it: embedding added before, scale and shift, SiLU after."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastdiff.ops._library import fused_op
+
+
+@fused_op(
+    "(Tensor x, int num_groups, Tensor? weight=None, Tensor? bias=None, float eps=1e-5, *, Tensor? temb=None,"
+    " Tensor? scale=None, Tensor? shift=None, bool silu=True, bool tokens=False) -> Tensor"
+)
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    temb: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    tokens: bool = False,
+) -> Tensor:
+    """``silu(group_norm(x + temb) * (1 + scale) + shift)`` (GroupNorm: Wu and He, 2018), the chain of
+    :class:`diffusers.models.resnet.ResnetBlock2D` and, without SiLU and as tokens, the entrance of
+    :class:`diffusers.models.transformers.transformer_2d.Transformer2DModel`.
+
+    Args:
+        x: (B, C, *spatial), 2 to 5 dimensions; float32, bfloat16 or float16 in kernels, any floating dtype in eager.
+        num_groups: divides C.
+        weight, bias: (C,), any floating dtype.
+        eps: added to the variance.
+        temb: (B, C) or (B, C, 1, ..., 1), any strides and floating dtype; added before the normalization.
+        scale, shift: like ``temb``; ``y * (1 + scale) + shift`` after the normalization and its affine map.
+        silu: apply SiLU at the end.
+        tokens: return (B, prod(spatial), C).
+
+    Returns:
+        x's dtype; contiguous with ``tokens``, else x's shape, channels last if x is, else contiguous.
+
+    Raises:
+        ValueError: if shapes do not fit.
+    """
+    h = x if temb is None else x + _per_channel(temb, x)
+    dtype = h.dtype
+    for parameter in (weight, bias):
+        if parameter is not None:
+            dtype = torch.promote_types(dtype, parameter.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    y = torch.group_norm(h.to(dtype), num_groups, weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + _per_channel(scale, x))
+    if shift is not None:
+        y = y + _per_channel(shift, x)
+    if silu:
+        y = F.silu(y)
+    y = y.to(x.dtype)
+    if tokens:
+        return _as_tokens(y).contiguous()
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else y.contiguous()
+
+
+@group_norm_silu.fake
+def _fake(x: Tensor, *args: object, tokens: bool = False, **kwargs: object) -> Tensor:
+    if tokens:
+        return x.new_empty(_as_tokens(x).shape)
+    if is_channels_last(x):
+        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+    return x.new_empty(x.shape)
+
+
+@group_norm_silu.check
+def _check(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    temb: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    silu: bool = True,
+    tokens: bool = False,
+) -> None:
+    dim = x.dim()
+    if not x.is_floating_point():
+        raise ValueError(f"group_norm_silu: x is {str(x.dtype)[6:]}, expected floating point")
+    if not 2 <= dim <= 5:
+        raise ValueError(f"group_norm_silu: x has {dim} dimensions; expected (B, C, *spatial) with 2 to 5")
+    batch, channels = x.shape[:2]
+    if num_groups < 1 or channels == 0 or channels % num_groups:
+        raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (channels,):
+            raise ValueError(f"group_norm_silu: {name} has shape {tuple(parameter.shape)}; expected ({channels},)")
+    for name, modulation in (("temb", temb), ("scale", scale), ("shift", shift)):
+        if modulation is None:
+            continue
+        shape = modulation.shape
+        if shape != (batch, channels) and shape != (batch, channels, *(1,) * (dim - 2)):
+            raise ValueError(
+                f"group_norm_silu: {name} has shape {tuple(shape)}; expected ({batch}, {channels}) or the same "
+                f"followed by ones, for x of shape {tuple(x.shape)}"
+            )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether x (B, C, *spatial) is dense with its channels innermost, and not plainly contiguous as well."""
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+    return t.reshape(*t.shape[:2], *(1,) * (x.dim() - 2))
+
+
+def _as_tokens(y: Tensor) -> Tensor:
+    return y.reshape(y.shape[0], y.shape[1], math.prod(y.shape[2:])).transpose(1, 2)
