@@ -1,0 +1,223 @@
+"""What runs where: the report of a patched pipeline, model or scheduler."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, Group, RenderResult
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from fastdiff._launches import count_launches
+from fastdiff.patching import Patch, components_of, patches_of
+from fastdiff.patching._site import Site
+from fastdiff.patching.families import family_of
+
+#: Instead of a backend's name, for sites that did not run yet and for places left as they were.
+NOT_RUN, STOCK = "not run yet", "stock"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One place.
+
+    Attributes:
+        path: as in ``named_modules``, below the component's name in a pipeline.
+        cls: the class of the module or scheduler.
+        what: what is computed there, or would be.
+        served_by: operation of the site -> backend of the latest call; empty if left stock or not run yet.
+        backend: the backends of the latest call, ``"not run yet"`` or ``"stock"``.
+        reason: why not, or not only, by a kernel; empty where kernels serve everything.
+        kernel: whether fused kernels are what would serve it, and not a layer with a packed weight.
+    """
+
+    path: str
+    cls: str
+    what: str
+    served_by: Mapping[str, str]
+    backend: str
+    reason: str
+    kernel: bool = True
+
+    @property
+    def fused(self) -> bool:
+        """Whether fused kernels, and nothing but fused kernels, served the latest call."""
+        return self.kernel and bool(self.served_by) and "eager" not in self.served_by.values()
+
+
+@dataclass(frozen=True)
+class Launches:
+    """Operations dispatched in one forward of one component, views excluded."""
+
+    component: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report of one object; prints as a table with :mod:`rich` (``rich.print(report)``).
+
+    Attributes:
+        name: the class of the object.
+        rows: every site, and every place that could have been one.
+        savings: what is saved besides, as sentences.
+        launches: per component, when asked for.
+        layouts: models whose memory layout is chosen, ``backend`` being the layout of the latest call.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    savings: tuple[str, ...] = ()
+    launches: tuple[Launches, ...] = field(default=())
+    layouts: tuple[Row, ...] = ()
+
+    @property
+    def fused(self) -> int:
+        """How many places kernels alone served at the latest call."""
+        return sum(row.fused for row in self.rows)
+
+    @property
+    def coverage(self) -> float:
+        """The share that is fused of the places for fused kernels; one that ran eager or did not run is not."""
+        places = sum(row.kernel for row in self.rows)
+        return self.fused / places if places else 0.0
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """How many places each backend, or combination of backends, served."""
+        return dict(Counter(row.backend for row in self.rows))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as plain data."""
+        return {
+            "name": self.name,
+            "coverage": self.coverage,
+            "backends": self.backends,
+            "savings": list(self.savings),
+            "rows": [{**asdict(row), "served_by": dict(row.served_by)} for row in self.rows],
+            "layouts": [{**asdict(row), "served_by": dict(row.served_by)} for row in self.layouts],
+            "launches": [asdict(entry) for entry in self.launches],
+        }
+
+    def table(self, *, full: bool = False) -> Table:
+        """The rows as a table; unless ``full``, rows of one part that differ only in their paths are one."""
+        table = Table(title=f"fastdiff: {self.name}", title_justify="left")
+        for name in ("where", "class", "computes", "by", "reason"):
+            table.add_column(name, overflow="fold")
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in self.rows:
+            path = row.path if full else row.path.partition(".")[0]
+            groups.setdefault((path, row.cls, row.what, row.backend, row.reason), []).append(row)
+        for (path, cls, what, backend, reason), rows in groups.items():
+            where = rows[0].path if len(rows) == 1 else f"{path} x{len(rows)}"
+            style = "green" if rows[0].fused else "" if backend == NOT_RUN else "yellow"
+            table.add_row(Text(where), cls, what, Text(backend, style), Text(reason))
+        table.add_section()
+        for row in self.layouts:
+            style = "" if row.backend in (NOT_RUN, STOCK) else "green"
+            table.add_row(Text(row.path), row.cls, row.what, Text(row.backend, style), Text(row.reason))
+        return table
+
+    def summary(self) -> str:
+        """The totals in one line or a few."""
+        places = [row for row in self.rows if row.kernel]
+        lines = [f"{self.fused} of {len(places)} places fused ({self.coverage:.0%}): {_parts(places)}"]
+        if len(places) < len(self.rows):
+            lines.append(f"packed weights: {_parts([row for row in self.rows if not row.kernel])}")
+        lines += self.savings
+        for entry in self.launches:
+            saved = 1 - entry.after / entry.before
+            lines.append(
+                f"{entry.component}: {entry.before} launches a forward before, {entry.after} after (-{saved:.0%})"
+            )
+        return "\n".join(lines)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Group(self.table(), Text(self.summary()))
+
+    def __str__(self) -> str:
+        console = Console(width=160, no_color=True)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
+    """What fastdiff does in ``x``: per place the kernel and backend of the latest call, or the reason why not.
+
+    Args:
+        x: a patched pipeline, model or scheduler.
+        launches: also count the operations that a real forward of every patched model dispatches, before and
+            after. ``True`` uses small synthetic inputs; for a single model, a mapping is its forward's keyword
+            arguments.
+
+    Raises:
+        TypeError: if ``x`` is neither a pipeline nor a model or scheduler that fastdiff knows.
+        ValueError: if ``x`` is not patched.
+    """
+    found = patches_of(x)
+    if not found:
+        raise ValueError(f"this {type(x).__name__} is not patched")
+    components = components_of(x)
+    rows: list[Row] = []
+    layouts: list[Row] = []
+    counts: list[Launches] = []
+    patches = {id(root): patch for root, patch in found}
+    for name, component in ({"": x} if components is None else components).items():
+        component = getattr(component, "_orig_mod", component) if isinstance(component, nn.Module) else component
+        patch = patches.get(id(component))
+        if patch is not None:
+            rows += [_row(name, site) for site in patch.sites]
+            rows += [
+                Row(_join(name, left.path), left.cls, left.what, {}, STOCK, left.reason, left.kernel)
+                for left in patch.left
+            ]
+            layouts += [_row(name, site) for site in patch.layouts]
+            if launches and isinstance(component, nn.Module):
+                inputs = launches if isinstance(launches, Mapping) else None
+                counts.append(_launches(name or type(component).__name__, patch, inputs))
+        elif isinstance(component, nn.Module):
+            rows.append(
+                Row(name, type(component).__name__, "", {}, STOCK, "not a model that fastdiff knows, or not patched")
+            )
+        elif hasattr(component, "set_timesteps"):
+            rows.append(Row(name, type(component).__name__, "scheduler step", {}, STOCK, "set after patching"))
+    savings = tuple(saving for _, patch in found for saving in patch.savings)
+    return Report(type(x).__name__, tuple(rows), savings, tuple(counts), tuple(layouts))
+
+
+def _row(prefix: str, site: Site) -> Row:
+    path, cls = _join(prefix, site.path), type(site.owner).__name__
+    if not all(replacement.installed() for replacement in site.replacements):
+        reason = "replaced by somebody else since it was patched"
+        return Row(path, cls, site.what, {}, STOCK, reason, site.kernel)
+    served = {slot: choice.backend for slot, choice in site.served.items()}
+    if site.declined:
+        served = {"call": "eager"}
+    backend = ", ".join(dict.fromkeys(served.values())) or NOT_RUN
+    return Row(path, cls, site.what, served, backend, site.reason, site.kernel)
+
+
+def _parts(rows: list[Row]) -> str:
+    counts = Counter(row.backend for row in rows)
+    return ", ".join(f"{n} {backend}" for backend, n in counts.most_common())
+
+
+def _join(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}".strip(".")
+
+
+def _launches(name: str, patch: Patch, inputs: Mapping[str, Any] | None) -> Launches:
+    model = patch.root
+    family = family_of(model)
+    assert family is not None
+    arguments = dict(inputs) if inputs is not None else family.example(model)
+    after = count_launches(lambda: model(**arguments))
+    with patch.suspended():
+        before = count_launches(lambda: model(**arguments))
+    return Launches(name, before.total(), after.total())

@@ -1,0 +1,216 @@
+"""What ``patch`` did to one model or scheduler, and who asked for it."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+from fastdiff.patching._site import Replacement, Site
+
+#: Name, in the ``__dict__`` of a patched model or scheduler, of its :class:`Patch`.
+PATCH = "_fastdiff_patch"
+
+
+class Absent:
+    """Stands for an attribute that the object did not have."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of :func:`fastdiff.patch`.
+
+    Attributes:
+        only: patterns of site paths (as in :mod:`fnmatch`); other sites are left alone. Empty: all.
+        skip: patterns of site paths to leave alone.
+        backend: the only backend that may serve the sites, or ``None`` for the usual order.
+        prepack_weights: keep packed copies of the weights, see ``blocks/packed.py``.
+        prefix: of the paths that the patterns are about: the name of a pipeline's component.
+    """
+
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    backend: str | None = None
+    prepack_weights: bool = False
+    prefix: str = ""
+
+    def named(self, path: str) -> bool:
+        """Whether ``only`` lets a site be patched."""
+        path = f"{self.prefix}.{path}".strip(".")
+        return not self.only or any(fnmatchcase(path, p) for p in self.only)
+
+    def why_not(self, path: str) -> str | None:
+        """Why the options leave a site alone, or ``None``."""
+        if not self.named(path):
+            return "not among only=..."
+        path = f"{self.prefix}.{path}".strip(".")
+        if any(fnmatchcase(path, p) for p in self.skip):
+            return "excluded by skip=..."
+        return None
+
+
+@dataclass(frozen=True)
+class Left:
+    """A place that could have been a site and was left alone."""
+
+    path: str
+    cls: str
+    what: str
+    reason: str
+    kernel: bool = True
+
+
+class Claim:
+    """Held by whoever asked for patches, a pipeline or the model itself, and by nobody else: it dies with it."""
+
+    def __init__(self, patches: Iterable[Patch] = ()) -> None:
+        self.patches = weakref.WeakSet(patches)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"patches": list(self.patches)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.patches = weakref.WeakSet(state["patches"])
+
+
+@dataclass(eq=False)
+class _Change:
+    """A plain attribute set on an object of the model."""
+
+    owner: Any
+    name: str
+    new: Any
+    old: Any = Absent
+
+    def install(self) -> None:
+        self.old = vars(self.owner).get(self.name, Absent)
+        setattr(self.owner, self.name, self.new)
+
+    def restore(self) -> None:
+        if vars(self.owner).get(self.name, Absent) is self.new:
+            if self.old is Absent:
+                delattr(self.owner, self.name)
+            else:
+                setattr(self.owner, self.name, self.old)
+
+
+@dataclass(eq=False)
+class Patch:
+    """The patch of one model or scheduler, kept in its ``__dict__`` under :data:`PATCH`.
+
+    Attributes:
+        root: the model or scheduler.
+        sites: what was replaced.
+        layouts: whole models that compute in another memory layout; neither checked nor counted as sites.
+        left: what was not, with the reasons.
+        savings: what else is saved, as sentences: Diffusers' own switches, repeated work done once.
+        own: set when ``patch`` was called on the root itself.
+        claims: of all who asked for the patch and are alive, with the options of each, the latest last; the patch
+            goes with the last.
+    """
+
+    root: Any
+    options: Options = field(default_factory=Options)
+    sites: list[Site] = field(default_factory=list)
+    layouts: list[Site] = field(default_factory=list)
+    left: list[Left] = field(default_factory=list)
+    savings: list[str] = field(default_factory=list)
+    own: Claim | None = None
+    claims: weakref.WeakKeyDictionary[Claim, Options] = field(default_factory=weakref.WeakKeyDictionary)
+    _changes: list[_Change | Replacement] = field(default_factory=list)
+
+    def install(
+        self,
+        path: str,
+        owner: Any,
+        what: str,
+        *replaced: tuple[Any, str, Callable[..., Any]],
+        state: Any = None,
+        reference: Callable[..., Any] | None = None,
+        layout: bool = False,
+        kernel: bool = True,
+    ) -> Site | None:
+        """Replace methods and keep the site; or note in ``left`` why not and return ``None``.
+
+        Args:
+            path: of the owner, as in ``named_modules``; empty for the root.
+            owner: the module or scheduler that the site is about.
+            what: what is computed there now.
+            replaced: (object, method name, module-level function taking the object first).
+            state: initial :attr:`Site.state`.
+            reference: see :attr:`Site.reference`.
+            layout: keep it in ``layouts``.
+            kernel: see :attr:`Site.kernel`.
+        """
+        replacements = [Replacement(*r) for r in replaced]
+        site = Site(
+            owner, path, what, replacements, self.options.backend, state=state, reference=reference, kernel=kernel
+        )  # fmt: skip
+        reason = self.options.why_not(path) or site.install()
+        if reason is not None:
+            self.leave(path, owner, what, reason, kernel=kernel)
+            return None
+        (self.layouts if layout else self.sites).append(site)
+        return site
+
+    def leave(self, path: str, owner: Any, what: str, reason: str, *, kernel: bool = True) -> None:
+        """Note a place that stays stock."""
+        self.left.append(Left(path, type(owner).__name__, what, reason, kernel))
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Set a plain attribute; :meth:`restore` puts the old value back unless somebody else changed it."""
+        self._changes.append(_Change(owner, name, value))
+        self._changes[-1].install()
+
+    def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> str | None:
+        """Replace a method without making it a site; returns why that is impossible."""
+        replacement = Replacement(owner, name, function)
+        reason = replacement.install()
+        if reason is None:
+            self._changes.append(replacement)
+        return reason
+
+    def names_any(self) -> bool:
+        """Whether the option ``only`` names any place here."""
+        paths = [*(s.path for s in (*self.sites, *self.layouts)), *(left.path for left in self.left)]
+        return any(map(self.options.named, paths))
+
+    def restore(self) -> None:
+        """Undo everything; the root no longer refers to the patch afterwards."""
+        for change in reversed(self._changes):
+            change.restore()
+        for site in reversed([*self.sites, *self.layouts]):
+            site.restore()
+        vars(self.root).pop(PATCH, None)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Within the block the root is stock."""
+        self.restore()
+        try:
+            yield
+        finally:
+            self.reinstall()
+
+    def reinstall(self) -> None:
+        """Undo :meth:`restore`."""
+        vars(self.root)[PATCH] = self
+        for site in [*self.sites, *self.layouts]:
+            site.install()
+        for change in self._changes:
+            change.install()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "claims": list(self.claims.items())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Claims copied or unpickled with their pipeline live on in it, all others end here.
+        vars(self).update(state, claims=weakref.WeakKeyDictionary(state["claims"]))
+
+
+def patch_of(root: Any) -> Patch | None:
+    """The patch a model or scheduler carries, if any."""
+    return getattr(root, "__dict__", {}).get(PATCH)

@@ -1,0 +1,205 @@
+"""A site: one place in a model or scheduler where stock code is replaced, and the way back.
+
+A replacement is ``functools.partial(function, owner)`` in the owner's ``__dict__``, with ``function`` importable
+from a module: so it survives deepcopy, pickle and ``torch.save``, and no class is ever touched. Hooks of
+accelerate and Diffusers that were installed first have captured the stock method; there the captured reference
+is rebound instead. Hooks installed later capture the replacement, and :meth:`Site.restore` finds it there.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+
+from fastdiff.backends import Choice, use_backend
+from fastdiff.ops._library import FusedOp
+
+#: Name, in the ``__dict__`` of every object with a replaced method, of its :class:`Site`.
+SITE = "_fastdiff_site"
+
+
+class Replacement:
+    """One method of one object, replaced by ``function(owner, ...)``.
+
+    Attributes:
+        new: what takes the method's place.
+        own: whether the object had an attribute of that name before (hooks set one, and leave one behind).
+    """
+
+    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
+        self.owner = owner
+        self.name = name
+        self.new: Callable[..., Any] = functools.partial(function, owner)
+        signature = _signature(getattr(type(owner), name))
+        if list(signature.parameters) != list(_signature(function).parameters)[1:]:
+            vars(self.new)["__signature__"] = signature  # pipelines look at it for the arguments a model takes
+        self.own = False
+
+    def install(self) -> str | None:
+        """Install it; returns why that is impossible, and then has changed nothing."""
+        self.own = self.name in vars(self.owner)
+        captured: list[tuple[Any, str]] = [(self.owner, self.name)]
+        if self.own:
+            captured = [(o, n) for o, n in holders(self.owner, self.name) if self._is_stock(getattr(o, n))]
+            if not captured:
+                return f"its {self.name} was already replaced by {_name(vars(self.owner)[self.name])}"
+        for holder, name in captured:
+            setattr(holder, name, self.new)
+        return None
+
+    def restore(self) -> None:
+        """Put the stock method back wherever the replacement is held now."""
+        stock = MethodType(getattr(type(self.owner), self.name), self.owner)
+        for holder, name in list(holders(self.owner, self.name)):
+            if getattr(holder, name) is self.new:
+                if holder is self.owner and name == self.name and not self.own:
+                    delattr(holder, name)
+                else:
+                    setattr(holder, name, stock)
+
+    def exchange(self, new: Callable[..., Any]) -> Callable[..., Any]:
+        """Put ``new`` in the replacement's place, wherever that is; returns what was there."""
+        old = self.new
+        for holder, name in list(holders(self.owner, self.name)):
+            if getattr(holder, name) is old:
+                setattr(holder, name, new)
+        self.new = new
+        return old
+
+    def installed(self) -> bool:
+        """Whether the replacement is still in place, here or captured by a hook."""
+        return any(getattr(o, n) is self.new for o, n in holders(self.owner, self.name))
+
+    def _is_stock(self, value: Any) -> bool:
+        return (
+            isinstance(value, MethodType)
+            and value.__self__ is self.owner
+            and value.__func__ is getattr(type(self.owner), self.name)
+        )
+
+
+@functools.cache
+def _signature(function: Callable[..., Any]) -> inspect.Signature:
+    """The signature of a method without ``self``, or of a plain function."""
+    signature = inspect.signature(function)
+    parameters = list(signature.parameters.values())
+    if parameters and parameters[0].name == "self" and "." in function.__qualname__:
+        parameters = parameters[1:]
+    return signature.replace(parameters=parameters)
+
+
+def holders(owner: Any, name: str) -> Iterator[tuple[Any, str]]:
+    """Where a reference to the bound method may be kept: the object, and what hooks captured of it."""
+    state = vars(owner)
+    if name in state:
+        yield owner, name
+        if "__wrapped__" in getattr(state[name], "__dict__", {}):  # set by hooks; inspect.signature follows it
+            yield state[name], "__wrapped__"
+    if name == "forward":
+        if "_old_forward" in state:  # accelerate.hooks
+            yield owner, "_old_forward"
+        for ref in getattr(state.get("_diffusers_hook"), "_fn_refs", ()):  # diffusers.hooks
+            yield ref, "forward"
+            yield ref, "original_forward"
+
+
+@dataclass(eq=False)
+class Site:
+    """One patched place; the replaced function finds it as ``owner._fastdiff_site`` and reports through it.
+
+    Attributes:
+        owner: the module or scheduler.
+        path: where the owner is in the patched object, as in ``named_modules``.
+        what: what is computed there now, for the report.
+        replacements: the methods replaced.
+        backend: the only backend allowed to serve it, or ``None`` for the usual order.
+        served: what served the latest call, per operation of the site. Only as fresh as the latest call
+            outside torch.compile.
+        declined: why the latest call ran the stock code as a whole; empty when it did not.
+        state: whatever the replacement keeps between calls; must be picklable.
+        reference: (owner, ...) -> what the stock code computes in place of the first replacement, where that is
+            not simply the stock method.
+        kernel: whether fused kernels serve it, and not oneDNN with a packed weight.
+    """
+
+    owner: Any
+    path: str
+    what: str
+    replacements: list[Replacement]
+    backend: str | None = None
+    served: dict[str, Choice] = field(default_factory=dict)
+    declined: str = ""
+    state: Any = None
+    reference: Callable[..., Any] | None = None
+    kernel: bool = True
+
+    def install(self) -> str | None:
+        """Install all replacements, or none; returns why not."""
+        for index, replacement in enumerate(self.replacements):
+            reason = replacement.install()
+            if reason is not None:
+                for done in self.replacements[:index]:
+                    done.restore()
+                return reason
+        for replacement in self.replacements:
+            vars(replacement.owner)[SITE] = self
+        return None
+
+    def restore(self) -> None:
+        """Undo :meth:`install`, wherever hooks have carried the replacements since."""
+        for replacement in self.replacements:
+            replacement.restore()
+            vars(replacement.owner).pop(SITE, None)
+
+    def serve(self, slot: str, op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run ``op`` by whatever serves it, and note that under ``slot``."""
+        if self.backend is None:
+            choice = op.choose(*args, **kwargs)
+        else:
+            with use_backend(self.backend):
+                choice = op.choose(*args, **kwargs)
+        self.note(slot, choice)
+        return choice.run(*args, **kwargs)
+
+    def note(self, slot: str, choice: Choice) -> None:
+        """Note what serves this call under ``slot``."""
+        if not torch.compiler.is_compiling() and self.served.get(slot) is not choice:
+            self.served[slot] = choice
+            self.declined = ""
+
+    def stock(self, reason: str, owner: Any, *args: Any, name: str = "forward", **kwargs: Any) -> Any:
+        """Run the stock method for this call, and note why."""
+        if not torch.compiler.is_compiling():
+            self.declined = reason
+            self.served.clear()
+        return getattr(type(owner), name)(owner, *args, **kwargs)
+
+    @property
+    def reason(self) -> str:
+        """Why the latest call was not served by kernels alone; empty when it was, or nothing ran yet."""
+        if self.declined:
+            return self.declined
+        return "; ".join(dict.fromkeys(f"{s}: {c.reason}" for s, c in self.served.items() if c.reason))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A Choice holds functions that do not pickle, and speaks of calls that a copy has not made.
+        return {**vars(self), "served": {}, "declined": ""}
+
+
+def site_of(owner: Any) -> Site | None:
+    """The site whose replacement ``owner`` carries, if any."""
+    return vars(owner).get(SITE)
+
+
+def _name(value: Any) -> str:
+    while isinstance(value, functools.partial):
+        value = value.func
+    if isinstance(value, (FunctionType, MethodType)):
+        return f"{value.__module__}.{value.__qualname__}"
+    return type(value).__qualname__

@@ -1,0 +1,97 @@
+"""Block shapes that model families share: what replaces the methods of one Diffusers class, one file each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+Method = tuple[Any, str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A class of Diffusers and what fastdiff does with its instances.
+
+    Attributes:
+        cls: ``module:name`` of the class.
+        what: what the replacement computes, for the report; may depend on the module.
+        sources: methods of ``cls``, and ``module:qualname`` of other functions, whose source the replacement
+            reproduces or relies on; the guard compares their fingerprints.
+        methods: module -> the replaced (object, method name, function).
+        refuse: module -> why its structure is not covered, or ``None``; asked once, when patching.
+        owner: module -> the object the site is reported under; the module itself by default.
+        state: module -> :attr:`fastdiff.patching._site.Site.state`.
+        reference: see :attr:`fastdiff.patching._site.Site.reference`.
+        covers: names of submodules whose work the replacement does, so that they are not sites of their own.
+    """
+
+    cls: str
+    what: str | Callable[[Any], str]
+    sources: tuple[str, ...]
+    methods: Callable[[Any], Sequence[Method]]
+    refuse: Callable[[Any], str | None] = lambda module: None
+    owner: Callable[[Any], Any] = lambda module: module
+    state: Callable[[Any], Any] = lambda module: None
+    reference: Callable[..., Any] | None = None
+    covers: tuple[str, ...] = ()
+
+    def describe(self, module: Any) -> str:
+        """``what`` for one module."""
+        return self.what if isinstance(self.what, str) else self.what(module)
+
+    def all_sources(self) -> list[str]:
+        """The names of all fingerprinted functions, as ``module:qualname``."""
+        return [s if ":" in s else f"{self.cls}.{s}" for s in self.sources]
+
+
+def forward(function: Callable[..., Any]) -> Callable[[Any], Sequence[Method]]:
+    """The usual ``methods``: the module's forward, replaced by ``function``."""
+    return lambda module: [(module, "forward", function)]
+
+
+def why_stock(x: Tensor, *norms: nn.Module, kind: type[nn.Module] = nn.GroupNorm) -> str | None:
+    """Why this call cannot do the work of ``norms`` outside of their own forward, or ``None``.
+
+    A norm may have hooks (a user's, or those that bring its offloaded weights here), or have been replaced by
+    something else than a ``kind``.
+    """
+    if torch._C._is_any_autocast_enabled():
+        return "autocast is on"
+    if _has_any_global_hook():
+        return "hooks for all modules are set"
+    device = x.device
+    for norm in norms:
+        if type(norm) is not kind:
+            return f"a norm is a {type(norm).__name__}"
+        if "forward" in norm.__dict__ or has_hooks(norm):
+            return "a norm has hooks"
+        weight = norm.weight
+        if weight is not None and weight.device != device:
+            return f"a norm's weight is on {weight.device.type}"
+    return None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of the module would miss a call, or its result, if its work were done elsewhere."""
+    state = module.__dict__
+    return bool(
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+    )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether the module does what its class ``kind`` does, and nobody sees it being called."""
+    return type(module) is kind and "forward" not in module.__dict__ and not has_hooks(module)
+
+
+def drop(dropout: nn.Module, x: Tensor) -> Tensor:
+    """``dropout(x)``, not called where that would do nothing."""
+    return x if not dropout.training and is_plain(dropout, nn.Dropout) else dropout(x)
