@@ -1,0 +1,76 @@
+# make demo   see it work          make test   the tests          make lint   ruff and mypy
+#
+# Everything happens in the virtual environment $(VENV), made on first use. If the python in use has torch, that
+# torch is used and never replaced; else TORCH is installed. TORCH=... on the command line always installs it:
+#     make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+# The oldest supported Diffusers; the newest is what pyproject.toml installs.
+DIFFUSERS_MIN ?= 0.38.0
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check --no-input
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+# One thread per worker: the workers fill the cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -rs
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-diffusers-min lint build info clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
+
+demo: $(VENV)/.installed ## draw the same pictures with and without fastdiff.patch, and compare
+	$(PY) -m fastdiff demo $(DEMO_ARGS)
+
+test: $(VENV)/.installed ## run all tests; PYTEST_ARGS="-k norm" for some
+	$(PYTEST) $(PYTEST_ARGS)
+
+test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) ## the tests of patching with the oldest supported Diffusers
+	PYTHONPATH=$< $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
+
+lint: $(VENV)/.installed ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+build: $(VENV)/.ready ## rebuild the extension, or fail with the compiler's errors
+	FASTDIFF_FORCE_EXT=1 $(PIP) install --verbose --no-build-isolation --no-deps -e .
+	@touch $(VENV)/.installed
+
+info: $(VENV)/.installed ## what is installed, built and usable
+	$(PY) -m fastdiff info
+
+clean: ## remove everything that was built or installed here
+	rm -rf $(VENV) build dist *.egg-info fastdiff/_C.*.so fastdiff/_build.json .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The environment, with torch. Another environment's torch is made visible by a .pth file: it works where $(PYTHON)
+# itself belongs to a virtual environment, which --system-site-packages cannot look into.
+$(VENV)/.ready:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "fastdiff needs Python 3.10 or newer"'
+	$(PYTHON) -m venv --clear $(VENV)
+ifeq ($(filter command% environment%,$(origin TORCH)),)
+	@if torch=$$($(PYTHON) -c 'import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))' 2>/dev/null); then \
+	  echo "using the torch in $$torch"; \
+	  echo "$$torch" > $$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/_outer_torch.pth; \
+	else set -x; $(PIP) install torch==2.13.0; fi
+else
+	$(PIP) install $(TORCH)
+endif
+	$(PIP) install --upgrade "setuptools>=77" "pybind11>=2.13" ninja
+	@touch $@
+
+$(VENV)/.installed: $(VENV)/.ready $(SOURCES)
+	$(PIP) install --no-build-isolation -e ".[test,demo,dev]"
+	@touch $@
+	@$(PY) -m fastdiff info
+
+$(VENV)/diffusers-$(DIFFUSERS_MIN): $(VENV)/.installed
+	rm -rf $@
+	$(PIP) install --no-deps --target $@ diffusers==$(DIFFUSERS_MIN)
+	$(PIP) install "httpx<1" # which newer ones do not need
+	@touch $@

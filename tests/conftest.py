@@ -1,0 +1,27 @@
+"""Shared by all tests: markers, seeding, and the skip of kernel tests where no kernel can run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastdiff import _extension
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel: needs the compiled CPU kernels")
+    config.addinivalue_line("markers", "numerics: judges a kernel's numbers; rerun for every instruction set")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = _extension.why_not_cpu()
+    if reason is None:
+        return
+    for item in items:
+        if item.get_closest_marker("kernel") or item.get_closest_marker("numerics"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

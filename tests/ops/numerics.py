@@ -1,0 +1,192 @@
+"""How the ops' numbers are judged: against an fp64 reference of the same inputs, pooled over seeds.
+
+The rule (relative RMS error, at least ten seeds):
+
+* fp16 and bf16 outputs: at most 1.02 times the error of the correctly rounded fp64 result;
+* fp32 outputs: at most twice eager's error (or twice that of the correctly rounded result, if larger);
+* fp16 and bf16 outputs of ops that round inside by nature, such as attention (``rule="eager"``): at most eager's
+  error.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import _extension, use_backend
+from fastdiff.ops._library import FusedOp
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+_ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
+
+
+def run_kernel(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call ``op`` so that only the CPU kernel can serve it, into memory that held NaN before."""
+    poison(args, kwargs)
+    with use_backend("cpu", strict=True):
+        choice = op.choose(*args, **kwargs)
+        assert choice.backend == "cpu", choice.reason
+        return choice.run(*args, **kwargs)
+
+
+def poison(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Leave NaN in the memory that an output of an argument's size is likely to be allocated from."""
+    sizes = {t.numel() * t.element_size() for t in _tensors((args, kwargs))}
+    # All-ones bytes are NaN in every floating format.
+    held = [torch.full((size,), 255, dtype=torch.uint8) for size in sizes for _ in range(3) if size]
+    del held
+
+
+def assert_numerics(
+    op: FusedOp[..., Any],
+    arguments: Callable[[torch.Generator], Arguments],
+    *,
+    rule: str = "rounded",
+    seeds: int = 10,
+) -> None:
+    """Hold the CPU kernel of ``op`` to the numerics rule.
+
+    Args:
+        op: the op; its ``eager``, on the arguments in fp64, is the reference.
+        arguments: generator -> (args, kwargs) in the dtypes under test.
+        rule: ``"rounded"`` or ``"eager"``, see the module's docstring.
+        seeds: how many draws are pooled.
+    """
+    assert seeds >= 10 and rule in ("rounded", "eager")
+    pools: list[dict[str, float]] = []
+    for seed in range(seeds):
+        args, kwargs = arguments(torch.Generator().manual_seed(seed))
+        ours = _outputs(run_kernel(op, *args, **kwargs))
+        eager = _outputs(op.eager(*args, **kwargs))
+        exact = _outputs(op.eager(*_to_fp64(args), **_to_fp64(kwargs)))
+        assert len(ours) == len(eager) == len(exact)
+        for i, (o, e, x) in enumerate(zip(ours, eager, exact, strict=True)):
+            assert o.dtype == e.dtype and o.shape == e.shape and x.dtype == torch.float64
+            assert torch.isfinite(x).all(), "the reference is not finite; use assert_same_nonfinite"
+            if i == len(pools):
+                pools.append(dict.fromkeys(("ours", "eager", "rounded", "norm"), 0.0))
+            for name, value in (("ours", o), ("eager", e), ("rounded", x.to(o.dtype))):
+                pools[i][name] += (value.double() - x).square().sum().item()
+            pools[i]["norm"] += x.square().sum().item()
+    for i, (pool, output) in enumerate(zip(pools, ours, strict=True)):
+        assert pool["norm"] > 0, f"output {i} of {op.name} is all zero: nothing is tested"
+        ours_, eager_, rounded = ((pool[k] / pool["norm"]) ** 0.5 for k in ("ours", "eager", "rounded"))
+        if output.dtype not in (torch.bfloat16, torch.float16):
+            limit, what = 2 * max(eager_, rounded), "2 x eager's error"
+        elif rule == "eager":
+            limit, what = eager_, "eager's error"
+        else:
+            limit, what = 1.02 * rounded, "1.02 x the correctly rounded result's error"
+        assert ours_ <= limit, (
+            f"{op.name}, output {i}: relative RMS error {ours_:.4g} exceeds {what} = {limit:.4g} "
+            f"(eager {eager_:.4g}, correctly rounded {rounded:.4g})"
+        )
+
+
+def assert_same_nonfinite(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> None:
+    """The kernel is non-finite only where eager is, and NaN wherever eager is NaN."""
+    for ours, eager in zip(_outputs(run_kernel(op, *args, **kwargs)), _outputs(op.eager(*args, **kwargs)), strict=True):
+        extra = ~torch.isfinite(ours) & torch.isfinite(eager)
+        assert not extra.any(), f"{int(extra.sum())} non-finite values that eager does not have"
+        lost = torch.isfinite(ours) & torch.isnan(eager)
+        assert not lost.any(), f"{int(lost.sum())} NaN of eager are finite here"
+
+
+def assert_gradients(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Where gradients are needed the op runs eager, says so, and has eager's gradients; ``torch.ops`` too."""
+
+    def gradients(function: Callable[..., Any]) -> tuple[Tensor, ...]:
+        leaves, (a, k) = _with_grad((args, kwargs))
+        if function == op:
+            choice = op.choose(*a, **k)
+            assert choice.backend == "eager" and "gradient" in choice.reason, choice
+        outputs = [o for o in _outputs(function(*a, **k)) if o.numel()]
+        generator = torch.Generator().manual_seed(1)
+        seeds = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+        return torch.autograd.grad(outputs, leaves, seeds)
+
+    expected = gradients(op.eager)
+    assert expected and any(g.abs().sum() > 0 for g in expected)
+    for function in (op, op.overload):
+        for got, want in zip(gradients(function), expected, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def assert_compiles(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> None:
+    """``torch.compile(fullgraph=True)`` by the real inductor keeps the kernel: same bits as without."""
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a, **k: op(*a, **k), fullgraph=True)
+    with torch.no_grad():
+        expected = _outputs(run_kernel(op, *args, **kwargs))
+        for got, want in zip(_outputs(compiled(*args, **kwargs)), expected, strict=True):
+            assert got.stride() == want.stride()
+            assert torch.equal(got, want)
+
+
+def lower_isas(*, amx: bool = False) -> list[str]:
+    """The instruction sets below this CPU's with code of their own; ``amx``: the op has an AMX kernel."""
+    best = _extension.cpu_isa()
+    if best == "amx" and not amx:
+        best = "avx512_bf16"
+    return list(_ISAS[: _ISAS.index(best)]) if best in _ISAS else []
+
+
+def rerun_on(isa: str, test_file: str) -> None:
+    """Run the ``numerics`` tests of a file in a process of its own, where the kernels use ``isa``."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", test_file],
+        env=os.environ | {"FASTDIFF_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, f"on {isa}:\n{result.stdout[-4000:]}{result.stderr[-2000:]}"
+    assert "skipped" not in result.stdout.splitlines()[-1], result.stdout[-2000:]
+
+
+def _outputs(value: Any) -> tuple[Tensor, ...]:
+    return (value,) if isinstance(value, Tensor) else tuple(value)
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _map(function, v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_map(function, v) for v in value)
+    return function(value)
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _map(lambda v: found.append(v) if isinstance(v, Tensor) else None, value)
+    return found
+
+
+def _to_fp64(value: Any) -> Any:
+    def convert(v: Any) -> Any:
+        if isinstance(v, Tensor) and v.is_floating_point():
+            return v.double()
+        return torch.float64 if isinstance(v, torch.dtype) else v
+
+    return _map(convert, value)
+
+
+def _with_grad(value: Any) -> tuple[list[Tensor], Any]:
+    leaves: list[Tensor] = []
+
+    def convert(v: Any) -> Any:
+        if not (isinstance(v, Tensor) and v.is_floating_point()):
+            return v
+        leaves.append(v.detach().clone().requires_grad_())
+        return leaves[-1]
+
+    return leaves, _map(convert, value)

@@ -1,0 +1,106 @@
+"""What every op shares: the choice of a backend, forward-mode derivatives, pickling, tracing."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastdiff
+from fastdiff import ops
+from fastdiff.ops._library import OPS
+
+
+@pytest.mark.parametrize("call", [ops.gelu_tanh, ops.gelu_tanh.overload], ids=["public", "overload"])
+def test_forward_mode(call: object) -> None:
+    """A kernel would drop the tangent without a word; the op runs eager instead."""
+    x, direction = torch.randn(3, 8), torch.randn(3, 8)
+    expected = torch.func.jvp(lambda x: F.gelu(x, approximate="tanh"), (x,), (direction,))
+    for ours, eager in zip(torch.func.jvp(call, (x,), (direction,)), expected, strict=True):
+        torch.testing.assert_close(ours, eager)
+    with torch.autograd.forward_ad.dual_level():
+        assert "forward-mode" in ops.gelu_tanh.choose(x).reason
+
+
+def test_copies_are_the_op() -> None:
+    for op in OPS.values():
+        assert pickle.loads(pickle.dumps(op)) is op
+        assert copy.deepcopy(op) is op
+
+
+def test_unknown_backend() -> None:
+    message = "backend is 'cuda9'; expected one of cuda, triton, cpu, eager"
+    with pytest.raises(ValueError, match=message), fastdiff.use_backend("cuda9"):
+        pass
+    assert ops.gelu_tanh.choose(torch.randn(4)).backend == "cpu"
+
+
+def test_use_backend_is_of_the_thread_and_the_block() -> None:
+    x, seen = torch.randn(4), []
+    with fastdiff.use_backend("eager"):
+        thread = threading.Thread(target=lambda: seen.append(ops.gelu_tanh.choose(x).backend))
+        thread.start()
+        thread.join()
+        with pytest.raises(KeyError), fastdiff.use_backend("cpu"):
+            raise KeyError
+        assert ops.gelu_tanh.choose(x).backend == "eager"
+    assert seen == ["cpu"]
+
+
+def test_strict_names_the_reason() -> None:
+    x = torch.randn(4, dtype=torch.float64)
+    with fastdiff.use_backend("cpu"):
+        torch.testing.assert_close(ops.gelu_tanh(x), F.gelu(x, approximate="tanh"))
+    with fastdiff.use_backend("cpu", strict=True), pytest.raises(fastdiff.BackendError, match="float64"):
+        ops.gelu_tanh(x)
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (ops.group_norm_silu, (torch.randn(2, 8, 3), 4, torch.ones(2))),
+        (ops.geglu, (torch.randn(3, 5),)),
+        (ops.cfg_combine, (torch.randn(2, 8), torch.randn(4, 4), 2.0)),
+    ],
+    ids=["short weight", "odd axis", "two shapes"],
+)
+def test_overload_checks_what_it_reads(op: Any, arguments: tuple[Any, ...]) -> None:
+    """A compiled graph calls the overload without the op's own checks."""
+    with pytest.raises(RuntimeError, match="fastdiff: "):
+        op.overload(*arguments)
+
+
+def test_integers_are_refused() -> None:
+    x = torch.arange(8).reshape(1, 8)
+    for op, arguments in (
+        (ops.gelu_tanh, (x,)),
+        (ops.geglu, (x,)),
+        (ops.group_norm_silu, (x, 4)),
+        (ops.scheduler_step, (x, x, [], None, [1.0, 1.0, 0.0, 0.0], [])),
+    ):
+        with pytest.raises(ValueError, match="floating point"):
+            op(*arguments)
+
+
+def test_compiled_graph_follows_use_backend() -> None:
+    """torch.compile guards on the override, so backends can be compared on a compiled model."""
+    graphs: list[str] = []
+
+    def backend(module: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(module.code)
+        return module
+
+    compiled = torch.compile(lambda x: ops.gelu_tanh(x) * 2, fullgraph=True, backend=backend)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        compiled(x)
+        with fastdiff.use_backend("eager"):
+            compiled(x)
+    assert ["fastdiff.gelu_tanh" in code for code in graphs] == [True, False]

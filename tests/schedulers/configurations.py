@@ -1,0 +1,123 @@
+"""The options under which trajectories are compared: (scheduler, configuration, set_timesteps, step)."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+Configuration = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]
+
+ZERO_SNR = {
+    "rescale_betas_zero_snr": True,
+    "prediction_type": "v_prediction",
+    "timestep_spacing": "trailing",
+}
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+
+
+def _each(**options: Any) -> list[dict[str, Any]]:
+    return [dict(zip(options, values, strict=True)) for values in itertools.product(*options.values())]
+
+
+def _configurations() -> list[Configuration]:
+    found: list[Configuration] = []
+
+    def add(name: str, config: dict[str, Any], schedule: dict[str, Any] | None = None,
+            **step: Any) -> None:
+        found.append((name, config, schedule or {"num_inference_steps": 8}, step))
+
+    for config in _each(prediction_type=PREDICTIONS, clip_sample=(True, False)):
+        add("DDPMScheduler", config)
+        add("DDIMScheduler", config)
+        add("DDIMScheduler", config, eta=0.7)
+    ddpm = "DDPMScheduler"
+    for variance in ("fixed_small_log", "fixed_large"):
+        add(ddpm, {"variance_type": variance})
+    add(ddpm, {"clip_sample_range": 2.5, "beta_schedule": "squaredcos_cap_v2"})
+    for spacing in ("linspace", "trailing"):
+        add(ddpm, {"timestep_spacing": spacing, "beta_schedule": "scaled_linear"})
+    add(ddpm, ZERO_SNR)
+    add(ddpm, {}, {"timesteps": [900, 500, 200, 30, 1]})
+
+    ddim = "DDIMScheduler"
+    add(ddim, {}, eta=1.0, use_clipped_model_output=True)
+    add(ddim, {}, use_clipped_model_output=True)
+    add(ddim, {}, eta=0.5, variance_noise=None)
+    add(ddim, {"set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
+               "beta_schedule": "scaled_linear"})
+    add(ddim, {"clip_sample_range": 0.3, "timestep_spacing": "linspace"})
+    add(ddim, ZERO_SNR)
+
+    euler = "EulerDiscreteScheduler"
+    for config in _each(prediction_type=PREDICTIONS, timestep_spacing=("linspace", "leading")):
+        add(euler, config)
+    for sigmas in ("use_karras_sigmas", "use_exponential_sigmas", "rescale_betas_zero_snr"):
+        add(euler, {sigmas: True, "timestep_spacing": "trailing"})
+    add(euler, {"interpolation_type": "log_linear", "final_sigmas_type": "sigma_min"})
+    add(euler, {"prediction_type": "v_prediction", "timestep_type": "continuous", "use_karras_sigmas": True,
+                "sigma_min": 0.002, "sigma_max": 700.0})
+    add(euler, {}, {"timesteps": [999.0, 700.0, 333.0, 20.0]})
+    add(euler, {}, {"sigmas": [14.6, 5.0, 1.2, 0.3, 0.0]})
+
+    dpm = "DPMSolverMultistepScheduler"
+    for config in _each(solver_order=(1, 2, 3), solver_type=("midpoint", "heun"),
+                        algorithm_type=("dpmsolver++", "sde-dpmsolver++")):
+        add(dpm, config)
+    for config in _each(algorithm_type=("dpmsolver", "sde-dpmsolver"), solver_type=("midpoint", "heun")):
+        add(dpm, {**config, "final_sigmas_type": "sigma_min"})
+    add(dpm, {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min", "solver_order": 3})
+    for prediction in ("sample", "v_prediction", "flow_prediction"):
+        add(dpm, {"prediction_type": prediction})
+    for prediction in ("sample", "v_prediction"):
+        add(dpm, {"prediction_type": prediction, "algorithm_type": "dpmsolver",
+                  "final_sigmas_type": "sigma_min"})
+    for sigmas in ("use_karras_sigmas", "use_exponential_sigmas", "use_lu_lambdas"):
+        add(dpm, {sigmas: True, "final_sigmas_type": "sigma_min"})
+        add(dpm, {sigmas: True})
+    add(dpm, {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"})
+    add(dpm, {"solver_order": 3, "lower_order_final": False}, {"num_inference_steps": 20})
+    add(dpm, {"solver_order": 3}, {"num_inference_steps": 20})
+    add(dpm, {"euler_at_final": True, "timestep_spacing": "trailing"})
+    add(dpm, {"lower_order_final": False, "final_sigmas_type": "sigma_min", "timestep_spacing": "leading",
+              "steps_offset": 1})
+    add(dpm, ZERO_SNR)
+    add(dpm, {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1})
+    add(dpm, {}, {"timesteps": [999, 700, 333, 20]})
+    add(dpm, {"algorithm_type": "sde-dpmsolver++"}, variance_noise=None)
+
+    for name in ("DDPMParallelScheduler", "DDIMInverseScheduler", "CogVideoXDDIMScheduler"):
+        for prediction in ("epsilon", "v_prediction"):
+            add(name, {"prediction_type": prediction})
+    add("DDIMParallelScheduler", {}, eta=0.5)
+    for prediction in ("epsilon", "v_prediction"):
+        add("EulerAncestralDiscreteScheduler", {"prediction_type": prediction})
+        add("KDPM2DiscreteScheduler", {"prediction_type": prediction})
+        add("EDMEulerScheduler", {"prediction_type": prediction})
+    add("EDMEulerScheduler", {"sigma_schedule": "exponential", "final_sigmas_type": "sigma_min"})
+    add("FlowMatchEulerDiscreteScheduler", {"shift": 3.0})
+    add("FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True},
+        {"sigmas": [1.0, 0.7, 0.4, 0.1], "mu": 0.8})
+    for order in (1, 2, 3):
+        add("DPMSolverSinglestepScheduler", {"solver_order": order})
+        add("DEISMultistepScheduler", {"solver_order": order})
+        add("EDMDPMSolverMultistepScheduler", {"solver_order": order})
+        add("DPMSolverMultistepInverseScheduler", {"solver_order": order})
+    add("DPMSolverSinglestepScheduler", {"algorithm_type": "sde-dpmsolver++", "lower_order_final": True})
+    add("EDMDPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"})
+    for prediction in PREDICTIONS:
+        add("LCMScheduler", {"prediction_type": prediction})
+        add("TCDScheduler", {"prediction_type": prediction}, eta=0.3)
+    add("LCMScheduler", {"clip_sample": True})
+    return found
+
+
+CONFIGURATIONS = _configurations()
+
+
+def label(configuration: Configuration) -> str:
+    """A test id."""
+    name, config, schedule, step = configuration
+    parts = [f"{k}={v}" for k, v in {**config, **step}.items()]
+    if schedule != {"num_inference_steps": 8}:
+        parts.append("-".join(f"{k}" for k in schedule))
+    return "-".join([name.removesuffix("Scheduler"), *parts])
