@@ -4,6 +4,7 @@
 // What modulates is brought to fp32 once per distinct row: per sample, that is once per sample and thread.
 #include "adaln.h"
 
+#include <algorithm>
 #include <cmath>
 #include <new>
 
@@ -134,42 +135,47 @@ struct Next {
   }
 };
 
-template <class X, class T>
-void rms_row(const float* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
-  Vec squares[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  for_each_vec(n, [&](int64_t i, int k, auto lanes) {
-    const Vec v = load(x + i, lanes);
-    squares[k] = fma(v, v, squares[k]);
-  });
-  const Vec inverse(1.0f / std::sqrt(total(squares) / n + eps));
-  for_each_vec(n, [&](int64_t i, int, auto lanes) {
-    next.fetch(i);
-    store(out + i, fma(load(x + i, lanes) * inverse, load(a + i, lanes), load(b + i, lanes)), lanes);
-  });
-}
-
-// Variance by the corrected two-pass algorithm (Chan, Golub and LeVeque, 1983). The rounding error of the mean,
-// which would show in the result where the mean is large, is measured in the second pass and taken out as well.
-template <class X, class T>
-void layer_norm_row(const float* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
-  Vec sum[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  for_each_vec(n, [&](int64_t i, int k, auto lanes) { sum[k] = sum[k] + load(x + i, lanes); });
-  const Vec mean(total(sum) / n);
-  Vec rest[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  Vec squares[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  for_each_vec(n, [&](int64_t i, int k, auto lanes) {
-    next.fetch(i);
-    const Vec centred = keep_first(load(x + i, lanes) - mean, lanes);
-    rest[k] = rest[k] + centred;
-    squares[k] = fma(centred, centred, squares[k]);
-  });
-  const float error = total(rest) / n;
-  const float variance = total(squares) / n - error * error;
+// out = norm(x) * a + b
+//
+// Sums of d = x - centre and of d^2 come from one pass, with the mean of the row's first values as centre. Where
+// that turns out to be more than a standard deviation off, which would cost digits, the pass is repeated around the
+// mean: then it is the corrected two-pass algorithm (Chan, Golub and LeVeque, 1983). Large means lose nothing, for
+// x - centre is exact where they are close.
+template <bool rms, class S, class X, class T>
+void norm_row(const S* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
+  float centre = 0, mean = 0, variance = 0;
+  if constexpr (!rms) {
+    Vec first(0.0f);
+    const int64_t count = std::min<int64_t>(n, kUnroll * Vec::size);
+    for_each_vec(count, [&](int64_t i, int, auto lanes) { first = first + load(x + i, lanes); });
+    centre = reduce_add(first) / static_cast<float>(count);
+  }
+  for (int pass = 0; pass < 2; ++pass) {
+    const Vec shift(centre);
+    Vec sum[kUnroll], squares[kUnroll];
+    for (int k = 0; k < kUnroll; ++k) sum[k] = squares[k] = Vec(0.0f);
+    for_each_vec(n, [&](int64_t i, int k, auto lanes) {
+      Vec d = load(x + i, lanes);
+      if constexpr (!rms) {
+        d = keep_first(d - shift, lanes);
+        sum[k] = sum[k] + d;
+      }
+      squares[k] = fma(d, d, squares[k]);
+    });
+    const float square = total(squares) / n;
+    if constexpr (!rms) mean = total(sum) / n;
+    variance = square - mean * mean;
+    if (rms || mean * mean <= variance) break;
+    if (pass == 0) centre += mean;
+  }
   const float inverse = 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps);
-  const Vec factor(inverse), offset(-error * inverse);
+  const Vec shift(centre), factor(inverse), offset(-mean * inverse);
+  const bool ahead = prefetch_pays<X>();
   for_each_vec(n, [&](int64_t i, int, auto lanes) {
-    const Vec normal = fma(load(x + i, lanes) - mean, factor, offset);
-    store(out + i, fma(normal, load(a + i, lanes), load(b + i, lanes)), lanes);
+    if (ahead) next.fetch(i);
+    Vec d = load(x + i, lanes);
+    if constexpr (!rms) d = d - shift;
+    store(out + i, fma(fma(d, factor, offset), load(a + i, lanes), load(b + i, lanes)), lanes);
   });
 }
 
@@ -184,24 +190,23 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; ++row, position.advance()) {
     const T* x = static_cast<const T*>(position.of(args.x));
     const T* residual = static_cast<const T*>(position.of(args.residual));
-    const float* normed = wide;
+    const bool gated = args.gate.data;
     if (const void* gate = position.of(args.gate)) {
       if (gate != last_gate) widen(gate, args.gate.dtype, gate_copy, n), last_gate = gate;
       gated_row(x, gate_copy, residual, static_cast<T*>(args.y) + row * n, args.out ? wide : nullptr, n);
-    } else if constexpr (sizeof(T) == sizeof(float)) {
-      normed = x;
-    } else {
-      widen(x, args.x.dtype, wide, n);
     }
     if (!args.out) continue;
     affine.at(position);
     const Next<T> next{x + n, residual ? residual + n : nullptr};
     dispatch(args.out_dtype, [&](auto tag) {
       auto* out = static_cast<decltype(tag)*>(args.out) + row * n;
-      if (args.rms)
-        rms_row(normed, next, a, b, out, n, args.eps);
-      else
-        layer_norm_row(normed, next, a, b, out, n, args.eps);
+      const auto normalize = [&]<bool rms>() {
+        if (gated)
+          norm_row<rms>(wide, next, a, b, out, n, args.eps);
+        else
+          norm_row<rms>(x, next, a, b, out, n, args.eps);
+      };
+      args.rms ? normalize.template operator()<true>() : normalize.template operator()<false>();
     });
   }
 }

@@ -114,10 +114,10 @@ inline Vec finish(Vec x, Vec sub, Vec mul, Vec add) {
 template <class T, bool silu>
 void map_row(const T* x, T* out, int64_t n, float sub, float mul, float add) {
   const Vec s(sub), m(mul), a(add);
+  const bool ahead = prefetch_pays<T>();
   int64_t i = 0;
   for (; i + Vec::size <= n; i += Vec::size) {
-    read_ahead(x + i);
-    write_ahead(out + i);
+    if (ahead) read_ahead(x + i), write_ahead(out + i);
     store(out + i, finish<T, silu>(load(x + i), s, m, a));
   }
   if (i < n) store(out + i, finish<T, silu>(load(x + i, n - i), s, m, a), n - i);
@@ -125,10 +125,10 @@ void map_row(const T* x, T* out, int64_t n, float sub, float mul, float add) {
 
 template <class T, bool silu>
 void map_pixel(const T* x, T* out, int64_t channels, const Scratch& k) {
+  const bool ahead = prefetch_pays<T>();
   int64_t c = 0;
   for (; c + Vec::size <= channels; c += Vec::size) {
-    read_ahead(x + c);
-    write_ahead(out + c);
+    if (ahead) read_ahead(x + c), write_ahead(out + c);
     store(out + c, finish<T, silu>(load(x + c), load(k.sub + c), load(k.mul + c), load(k.add + c)));
   }
   if (const int64_t n = channels - c; n > 0)

@@ -66,6 +66,15 @@ Isa isa() {
   return best;
 }
 
+bool is_amd() {
+#if defined(__x86_64__) || defined(_M_X64)
+  static const bool amd = (__builtin_cpu_init(), __builtin_cpu_is("amd"));
+  return amd;
+#else
+  return false;
+#endif
+}
+
 const char* isa_name(Isa i) { return kNames[static_cast<int>(i)]; }
 
 }  // namespace fastdiff::cpu

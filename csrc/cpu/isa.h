@@ -16,6 +16,9 @@ enum class Isa : int { none = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, amx = 4 
 Isa isa();
 const char* isa_name(Isa);
 
+// Whether the CPU is one of AMD's; see prefetch_pays in simd.h.
+bool is_amd();
+
 // Element types of the kernels, in the order of csrc/ops/tensor_args.h.
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 

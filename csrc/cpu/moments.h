@@ -45,6 +45,7 @@ Sums sums(const T* x, int64_t stride, int64_t rows, int64_t n, const float* offs
   Vec sum[4], square[4];
   for (int i = 0; i < 4; ++i) sum[i] = square[i] = Vec(0.0f);
   const Vec shift(centre);
+  const bool ahead = prefetch_pays<T>();
   for (int64_t row = 0; row < rows; ++row, x += stride) {
     const Vec extra(has_offset ? offset[row] : 0.0f);
     const auto add = [&](Vec value, int k, int64_t lanes) {
@@ -57,7 +58,7 @@ Sums sums(const T* x, int64_t stride, int64_t rows, int64_t n, const float* offs
     int64_t i = 0;
     for (; i + 4 * Vec::size <= n; i += 4 * Vec::size)
       for (int k = 0; k < 4; ++k) {
-        read_ahead(x + i + k * Vec::size);
+        if (ahead) read_ahead(x + i + k * Vec::size);
         add(load(x + i + k * Vec::size), k, Vec::size);
       }
     for (int k = 0; i + Vec::size <= n; i += Vec::size, ++k) add(load(x + i), k, Vec::size);
@@ -99,6 +100,7 @@ void channel_sums(const T* x, int64_t stride, int64_t pixels, int64_t last, cons
                   float* square) {
   constexpr int kUnroll = V >= 3 ? 1 : 4 / V;  // enough independent additions
   constexpr int64_t w = Vec::size;
+  const bool ahead = prefetch_pays<T>();
   Vec shift[V], s[V][kUnroll], q[V][kUnroll];
   for (int v = 0; v < V; ++v) {
     shift[v] = v == V - 1 ? load(centre + v * w, last) : load(centre + v * w);
@@ -106,7 +108,7 @@ void channel_sums(const T* x, int64_t stride, int64_t pixels, int64_t last, cons
   }
   const auto add = [&](const T* p, int u, bool full) {
     for (int v = 0; v < V; ++v) {
-      __builtin_prefetch(p + kPixelsAhead * stride + v * w);
+      if (ahead) __builtin_prefetch(p + kPixelsAhead * stride + v * w);
       const Vec d = (v == V - 1 && !full ? load(p + v * w, last) : load(p + v * w)) - shift[v];
       s[v][u] = s[v][u] + d;
       q[v][u] = fma(d, d, q[v][u]);

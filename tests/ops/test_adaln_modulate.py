@@ -82,6 +82,19 @@ def test_large_means(dtype: torch.dtype, offset: float) -> None:
 
 
 @pytest.mark.numerics
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_first_values_far_from_the_mean(dtype: torch.dtype) -> None:
+    """The kernel centres a row on its first values, which is right only where they are near the mean."""
+
+    def arguments(generator: torch.Generator) -> Arguments:
+        x = rows(generator, 2, 9, 8192, dtype=torch.float32)
+        x[..., :64] += 1e4
+        return (x.to(dtype), *modulations(generator, "sample", 2, (2, 9, 8192), dtype)), {}
+
+    assert_numerics(adaln_modulate, arguments)
+
+
+@pytest.mark.numerics
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_out_dtype_and_modulation_of_another_dtype(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
