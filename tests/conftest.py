@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+
 import pytest
 import torch
 
 from fastdiff import _extension
+
+# torch.compile's cache does not know what CPU or ATEN_CPU_CAPABILITY an entry was made for: one left by another
+# run can give wrong numbers or crash.
+_inductor_cache = tempfile.TemporaryDirectory(prefix="fastdiff-inductor-")
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache.name)
 
 
 def pytest_configure(config: pytest.Config) -> None:
