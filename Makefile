@@ -16,7 +16,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 # One thread per worker: the workers fill the cores.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -rs
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --disable-warnings --tb=short
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-diffusers-min lint build info clean
