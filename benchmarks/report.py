@@ -63,8 +63,9 @@ def model_table(section: dict[str, Any]) -> str:
     """Speed-ups within a process, and of 'patched, thresholds raised' over 'eager, stock'."""
     rows = {(r["name"], r["dtype"], r["allocator"]): r for r in section["rows"]}
     lines = [
-        "| model | dtype | eager s | patched s | speed-up | both with raised thresholds | patched + raised / eager |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| model | dtype | eager s | patched s | speed-up | target | with packed weights | both with raised thresholds "
+        "| patched + raised / eager |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for (name, dtype, allocator), row in rows.items():
         if allocator != "stock":
@@ -81,12 +82,25 @@ def model_table(section: dict[str, Any]) -> str:
             across = f"{eager['median_ms'] / tuned_ours['median_ms']:.2f}"
         lines.append(
             f"| {name} | {dtype} | {eager['median_ms'] / 1e3:.2f} | {ours['median_ms'] / 1e3:.2f} | "
-            f"{_ratio(ours)} | {within} | {across} |"
+            f"{_ratio(ours)} | {_target(row)} | {_ratio(_timing(row, 'fastdiff, packed weights'))} | {within} | "
+            f"{across} |"
         )
     return "\n".join(lines)
 
 
-TABLES = {"kernels": kernel_table, "models": model_table}
+def overhead_table(section: dict[str, Any]) -> str:
+    """Microseconds per call of a layer."""
+    lines = [
+        "| layer | kernels | stock us | patched us | bare us | on top, per kernel, us |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in section["rows"]:
+        times = " | ".join(f"{t['median_ms'] * 1e3:.1f}" for t in row["timings"])
+        lines.append(f"| {row['name']} | {row['extra']['kernels']} | {times} | {row['extra']['overhead_us']:.1f} |")
+    return "\n".join(lines)
+
+
+TABLES = {"kernels": kernel_table, "models": model_table, "overhead": overhead_table}
 
 
 def _environment(section: dict[str, Any]) -> str:
