@@ -151,7 +151,7 @@ class Patch:
         )  # fmt: skip
         reason = self.options.why_not(path) or site.install()
         if reason is not None:
-            self.leave(path, owner, what, reason, kernel=kernel)
+            self.leave(path, owner, what, reason, kernel=kernel and not layout)
             return None
         (self.layouts if layout else self.sites).append(site)
         return site

@@ -27,6 +27,9 @@ SITE = "_fastdiff_site"
 class Replacement:
     """One method of one object, replaced by ``function(owner, ...)``.
 
+    Code that wraps forwards may keep :attr:`new` and call it long after it was taken out. So a replacement that is
+    not installed is a ``partial`` of the stock function.
+
     Attributes:
         new: what takes the method's place.
         own: whether the object had an attribute of that name before (hooks set one, and leave one behind).
@@ -35,11 +38,12 @@ class Replacement:
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self.owner = owner
         self.name = name
-        self.new: Callable[..., Any] = functools.partial(function, owner)
+        self.new: Any = functools.partial(function, owner)
         signature = _signature(getattr(type(owner), name))
         if list(signature.parameters) != list(_signature(function).parameters)[1:]:
             vars(self.new)["__signature__"] = signature  # pipelines look at it for the arguments a model takes
         self.own = False
+        self._suspended: Any = None
 
     def install(self) -> str | None:
         """Install it; returns why that is impossible, and then has changed nothing."""
@@ -51,6 +55,9 @@ class Replacement:
                 return f"its {self.name} was already replaced by {_name(vars(self.owner)[self.name])}"
         for holder, name in captured:
             setattr(holder, name, self.new)
+        if self._suspended is not None:
+            self.new.__setstate__(self._suspended)
+            self._suspended = None
         return None
 
     def restore(self) -> None:
@@ -62,6 +69,9 @@ class Replacement:
                     delattr(holder, name)
                 else:
                     setattr(holder, name, stock)
+        if self._suspended is None:
+            self._suspended = self.new.__reduce__()[2]
+            self.new.__setstate__((stock.__func__, (self.owner,), {}, vars(self.new)))
 
     def exchange(self, new: Callable[..., Any]) -> Callable[..., Any]:
         """Put ``new`` in the replacement's place, wherever that is; returns what was there."""
@@ -77,11 +87,10 @@ class Replacement:
         return any(getattr(o, n) is self.new for o, n in holders(self.owner, self.name))
 
     def _is_stock(self, value: Any) -> bool:
-        return (
-            isinstance(value, MethodType)
-            and value.__self__ is self.owner
-            and value.__func__ is getattr(type(self.owner), self.name)
-        )
+        stock = getattr(type(self.owner), self.name)
+        if isinstance(value, functools.partial):  # an earlier replacement, see restore
+            return value.func is stock and len(value.args) == 1 and value.args[0] is self.owner and not value.keywords
+        return isinstance(value, MethodType) and value.__self__ is self.owner and value.__func__ is stock
 
 
 @functools.cache

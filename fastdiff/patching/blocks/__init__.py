@@ -68,7 +68,7 @@ def why_stock(x: Tensor, *norms: nn.Module, kind: type[nn.Module] = nn.GroupNorm
     for norm in norms:
         if type(norm) is not kind:
             return f"a norm is a {type(norm).__name__}"
-        if "forward" in norm.__dict__ or has_hooks(norm):
+        if has_own_forward(norm) or has_hooks(norm):
             return "a norm has hooks"
         weight = norm.weight
         if weight is not None and weight.device != device:
@@ -87,9 +87,15 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody put another forward on the module. Hooks that were removed leave the stock method behind."""
+    state = module.__dict__
+    return "forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module does what its class ``kind`` does, and nobody sees it being called."""
-    return type(module) is kind and "forward" not in module.__dict__ and not has_hooks(module)
+    return type(module) is kind and not has_own_forward(module) and not has_hooks(module)
 
 
 def drop(dropout: nn.Module, x: Tensor) -> Tensor:

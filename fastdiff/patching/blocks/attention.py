@@ -85,6 +85,11 @@ def _why_not(module: Any) -> str | None:
     """Why the module is not what :func:`legacy_attention` computes; it may be changed at any time."""
     if type(module.processor) is not AttnProcessor2_0:
         return f"its processor is {type(module.processor).__name__}"
+    return _why_never(module)
+
+
+def _why_never(module: Any) -> str | None:
+    """What of that is not expected to change: processors come and go."""
     if module.spatial_norm is not None:
         return "it has a SpatialNorm"
     if module.norm_cross or module.norm_q is not None or module.norm_k is not None:
@@ -95,7 +100,7 @@ def _why_not(module: Any) -> str | None:
 
 
 def _refuse(module: Any) -> str | None:
-    reason = _why_not(module)
+    reason = _why_never(module)
     if reason is not None:
         return reason
     if module.group_norm is not None and type(module.group_norm) is not nn.GroupNorm:

@@ -1,0 +1,120 @@
+"""Modes of torch: autocast, torch.compile, training, threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import CASES, Case, output, sd15_unet
+from torch import Tensor, nn
+
+import fastdiff
+from fastdiff.patching import patch_of
+
+
+def _inputs(case: Case = CASES[0]) -> dict[str, Any]:
+    return case.inputs(torch.Generator().manual_seed(0), torch.float32)
+
+
+def _close(a: Tensor, b: Tensor) -> None:
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_autocast_runs_stock() -> None:
+    model, inputs = sd15_unet(), _inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = output(model, inputs)
+        fastdiff.patch(model)
+        assert torch.equal(output(model, inputs), eager)
+    for row in fastdiff.report(model).rows:
+        assert not row.fused
+        assert "autocast is on" in row.reason
+    output(model, inputs)
+    assert fastdiff.report(model).coverage == 1.0
+
+
+class _MidBlock(nn.Module):
+    """The middle of a U-Net: every kind of site that a U-Net has inside of its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = sd15_unet(use_linear_projection=True)
+
+    def forward(self, sample: Tensor, temb: Tensor, text: Tensor, return_dict: bool = False) -> tuple[Tensor]:
+        return (self.unet.mid_block(sample, temb, encoder_hidden_states=text),)
+
+
+class _OneBlockDiT(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.dit = CASES[-1].build()
+        del self.dit.transformer_blocks[1:]
+
+    def forward(self, **inputs: Any) -> tuple[Tensor]:
+        return self.dit(**inputs)
+
+
+def _mid_inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"sample": (2, 48, 4, 4), "temb": (2, 96), "text": (2, 77, 32)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs", "ops"),
+    [
+        (_MidBlock, _mid_inputs(), {"group_norm_silu", "attention", "geglu"}),
+        (_OneBlockDiT, _inputs(CASES[-1]),
+         {"adaln_modulate", "gate_residual_adaln", "gate_residual", "gelu_tanh", "attention"}),
+    ],
+    ids=["U-Net", "DiT"],
+)  # fmt: skip
+def test_compile_fullgraph(build: Callable[[], nn.Module], inputs: dict[str, Any], ops: set[str]) -> None:
+    """The real inductor, no graph break, and the kernels are in the graph."""
+    model = build()
+    (inner,) = model.children()
+    fastdiff.patch(inner)
+    expected = output(model, inputs)
+    seen, compiled = _compiled(model, "inductor")
+    _close(output(compiled, inputs), expected)
+    assert seen == ops
+    fastdiff.unpatch(inner)
+    assert not torch.equal(output(model, inputs), expected)
+    assert patch_of(inner) is None
+
+
+def test_compiled_model_is_unwrapped() -> None:
+    model = sd15_unet()
+    compiled = torch.compile(model)
+    assert fastdiff.patch(compiled) is compiled
+    assert patch_of(model) is not None
+    fastdiff.unpatch(compiled)
+    assert patch_of(model) is None
+
+
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 4, 5)], ids=lambda c: c.name)
+def test_trace_fullgraph(case: Case) -> None:
+    """A family's whole model is one graph."""
+    model, inputs = case.build(), _inputs(case)
+    eager = output(model, inputs)
+    fastdiff.patch(model)
+    seen, compiled = _compiled(model, "eager")
+    _close(output(compiled, inputs), eager)
+    assert len(seen) >= 2
+
+
+def _compiled(model: nn.Module, backend: str) -> tuple[set[str], Any]:
+    """The compiled model, and the names of the fused ops in its graph once it ran."""
+    from torch._dynamo.backends.registry import lookup_backend
+
+    torch._dynamo.reset()
+    seen: set[str] = set()
+
+    def watching(graph: torch.fx.GraphModule, example: Any) -> Any:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        seen.update(t.split(".")[1] for t in targets if t.startswith("fastdiff."))
+        return lookup_backend(backend)(graph, example)
+
+    return seen, torch.compile(model, fullgraph=True, backend=watching)
