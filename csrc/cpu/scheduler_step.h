@@ -17,16 +17,19 @@ struct SchedulerStepArgs {
     const void* data = nullptr;
     DType dtype = DType::f32;
     Coefficient coefficient;  // in the next sample
+    Coefficient in_kept;      // in the kept combination
   };
   Operand sample, model_output, noise, history[kMaxHistory];
   int history_count = 0;
-  Coefficient entry_coefficient;           // of the new entry in the next sample
+  Coefficient entry_coefficient, entry_in_kept;  // of the new entry in the other two results
   Coefficient entry_sample, entry_output;  // of sample and model output in the new entry
   float clip = -1;                         // bound of the new entry; negative: none
   void* prev = nullptr;
   DType prev_dtype = DType::f32;
   void* entry = nullptr;  // null: none wanted
   DType entry_dtype = DType::f32;
+  void* kept = nullptr;  // null: none wanted
+  DType kept_dtype = DType::f32;
   int64_t numel = 0;
 };
 FASTDIFF_CPU_KERNEL(scheduler_step, SchedulerStepArgs)

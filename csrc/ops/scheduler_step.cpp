@@ -12,9 +12,11 @@ using Args = cpu::SchedulerStepArgs;
 // Hands out the operands in the memory order of `sample`, copying those that are laid out otherwise.
 class Operands {
  public:
-  explicit Operands(const Tensor& sample) : sample_(sample), contiguous_(sample.is_contiguous()) {}
+  Operands(const Tensor& sample, const std::vector<double>& prev, const std::vector<double>& kept)
+      : sample_(sample), contiguous_(sample.is_contiguous()), prev_(prev), kept_(kept) {}
 
-  Args::Operand read(const Tensor& t, double coefficient, const char* name) {
+  // `t`, with the coefficients at `position`.
+  Args::Operand read(const Tensor& t, size_t position, const char* name) {
     const auto equal = [](auto a, auto b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
     STD_TORCH_CHECK(equal(t.sizes(), sample_.sizes()), "fastdiff: ", name, " must have sample's shape");
     const void* data = t.const_data_ptr();
@@ -24,12 +26,13 @@ class Operands {
     } else if (!contiguous_) {
       STD_TORCH_CHECK(equal(t.strides(), sample_.strides()), "fastdiff: ", name, " must be laid out like sample");
     }
-    return {data, dtype_of(t, name), coefficient};
+    return {data, dtype_of(t, name), prev_[position], kept_.empty() ? 0.0 : kept_[position]};
   }
 
  private:
   const Tensor& sample_;
   bool contiguous_;
+  const std::vector<double>&prev_, &kept_;
   std::vector<Tensor> copies_;
 };
 
@@ -49,32 +52,36 @@ Tensor result_like(const Tensor& sample, ScalarType dtype) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> scheduler_step(const Tensor& sample, const Tensor& model_output,
-                                          const std::vector<Tensor>& history, const std::optional<Tensor>& noise,
-                                          const std::vector<double>& prev, const std::vector<double>& entry,
-                                          std::optional<double> clip, std::optional<ScalarType> prev_dtype,
-                                          std::optional<ScalarType> entry_dtype) {
+std::tuple<Tensor, Tensor, Tensor> scheduler_step(
+    const Tensor& sample, const Tensor& model_output, const std::vector<Tensor>& history,
+    const std::optional<Tensor>& noise, const std::vector<double>& prev, const std::vector<double>& entry,
+    std::optional<double> clip, std::optional<ScalarType> prev_dtype, std::optional<ScalarType> entry_dtype,
+    const std::vector<double>& kept, std::optional<ScalarType> kept_dtype) {
   STD_TORCH_CHECK(history.size() <= Args::kMaxHistory && prev.size() == 4 + history.size() &&
-                      (entry.empty() || entry.size() == 2),
-                  "fastdiff: scheduler_step takes up to 8 history tensors, 4 + as many coefficients in prev and 2 or "
-                  "none in entry");
+                      (entry.empty() || entry.size() == 2) && (kept.empty() || kept.size() == prev.size()),
+                  "fastdiff: scheduler_step takes up to 8 history tensors, 4 + as many coefficients in prev, 2 or none "
+                  "in entry, and as many as in prev or none in kept");
   STD_TORCH_CHECK(sample.is_contiguous() || is_dense(sample), "fastdiff: sample must be dense in memory");
-  Operands operands(sample);
+  Operands operands(sample, prev, kept);
   Args args;
   args.numel = sample.numel();
-  args.sample = operands.read(sample, prev[0], "sample");
-  args.model_output = operands.read(model_output, prev[1], "model_output");
-  if (noise) args.noise = operands.read(*noise, prev[3], "noise");
+  args.sample = operands.read(sample, 0, "sample");
+  args.model_output = operands.read(model_output, 1, "model_output");
+  if (noise) args.noise = operands.read(*noise, 3, "noise");
   for (const Tensor& t : history) {
-    args.history[args.history_count] = operands.read(t, prev[4 + args.history_count], "a history tensor");
+    args.history[args.history_count] = operands.read(t, 4 + args.history_count, "a history tensor");
     ++args.history_count;
   }
 
-  Tensor next = result_like(sample, prev_dtype.value_or(sample.scalar_type()));
+  const ScalarType own = sample.scalar_type(), given = model_output.scalar_type();
+  const auto result = [&](bool wanted, ScalarType dtype) {
+    return wanted ? result_like(sample, dtype) : empty_output({0}, {1}, dtype, sample);
+  };
+  Tensor next = result(true, prev_dtype.value_or(own));
+  Tensor new_entry = result(!entry.empty(), entry_dtype.value_or(given));
+  Tensor combination = result(!kept.empty(), kept_dtype.value_or(own));
   args.prev = next.mutable_data_ptr();
   args.prev_dtype = dtype_of(next, "prev_dtype");
-  const ScalarType kept = entry_dtype.value_or(model_output.scalar_type());
-  Tensor new_entry = entry.empty() ? empty_output({0}, {1}, kept, sample) : result_like(sample, kept);
   if (!entry.empty()) {
     args.entry = new_entry.mutable_data_ptr();
     args.entry_dtype = dtype_of(new_entry, "entry_dtype");
@@ -83,8 +90,13 @@ std::tuple<Tensor, Tensor> scheduler_step(const Tensor& sample, const Tensor& mo
     args.entry_coefficient = prev[2];
     if (clip) args.clip = static_cast<float>(*clip);
   }
+  if (!kept.empty()) {
+    args.kept = combination.mutable_data_ptr();
+    args.kept_dtype = dtype_of(combination, "kept_dtype");
+    args.entry_in_kept = kept[2];
+  }
   if (args.numel > 0) require(cpu::scheduler_step(args), "scheduler_step");
-  return {next, new_entry};
+  return {next, new_entry, combination};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("scheduler_step", TORCH_BOX(&scheduler_step)); }

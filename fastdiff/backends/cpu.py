@@ -104,10 +104,12 @@ def _scheduler_step(
     clip: float | None = None,
     prev_dtype: torch.dtype | None = None,
     entry_dtype: torch.dtype | None = None,
+    kept: Sequence[float] = (),
+    kept_dtype: torch.dtype | None = None,
 ) -> str | None:
     if len(history) > 8:
         return f"there are {len(history)} history tensors, more than 8"
-    for dtype in (prev_dtype, entry_dtype):
+    for dtype in (prev_dtype, entry_dtype, kept_dtype):
         if dtype is not None and dtype not in DTYPES:
             return f"a result's dtype is {str(dtype)[6:]}"
     tensors = sample, model_output, noise, *history

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +14,8 @@ from fastdiff.ops._library import fused_op
 
 @fused_op(
     "(Tensor sample, Tensor model_output, Tensor[] history, Tensor? noise, float[] prev, float[] entry, "
-    "float? clip=None, ScalarType? prev_dtype=None, ScalarType? entry_dtype=None) -> (Tensor, Tensor)"
+    "float? clip=None, ScalarType? prev_dtype=None, ScalarType? entry_dtype=None, float[] kept=[], "
+    "ScalarType? kept_dtype=None) -> (Tensor, Tensor, Tensor)"
 )
 def scheduler_step(
     sample: Tensor,
@@ -24,14 +27,19 @@ def scheduler_step(
     clip: float | None = None,
     prev_dtype: torch.dtype | None = None,
     entry_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The next sample, and what a multistep sampler keeps of this step (the predicted clean sample, mostly)::
+    kept: Sequence[float] = (),
+    kept_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The next sample, and what a multistep sampler keeps of this step::
 
         new  = clamp(entry[0] * sample + entry[1] * model_output, -clip, clip)
         next = prev[0] * sample + prev[1] * model_output + prev[2] * new + prev[3] * noise
                + sum(prev[4 + i] * history[i])
 
-    Computed in float32 (float64 if a tensor is), each result rounded once; ``next`` uses ``new`` unrounded.
+    and a third combination, of the same tensors as ``next`` with the coefficients ``kept``. ``new`` mostly is the
+    predicted clean sample; predictor-corrector samplers keep the corrected sample besides, Heun's and linear
+    multistep the derivative. Computed in float32 (float64 if a tensor is), each result rounded once; ``next`` and
+    the third use ``new`` unrounded.
 
     Args:
         sample, model_output: of one shape.
@@ -42,9 +50,11 @@ def scheduler_step(
         clip: bound of the new entry's absolute value; ``None`` for no bound.
         prev_dtype: of the next sample; sample's by default.
         entry_dtype: of the new entry; model_output's by default.
+        kept: as many coefficients as ``prev``, or none: then the third result is an empty tensor.
+        kept_dtype: of the third result; sample's by default.
 
     Returns:
-        (next, new), laid out like sample.
+        (next, new, third), laid out like sample.
 
     Raises:
         ValueError: if the shapes differ or the coefficients are not as many as stated.
@@ -52,24 +62,26 @@ def scheduler_step(
     wide = torch.promote_types(torch.promote_types(sample.dtype, model_output.dtype), torch.float32)
     for t in history:
         wide = torch.promote_types(wide, t.dtype)
-    x, m = sample.to(wide), model_output.to(wide)
-    result = prev[0] * x + prev[1] * m
+    operands = [sample, model_output, None, noise, *history]
     new = None
     if entry:
-        new = entry[0] * x + entry[1] * m
-        if clip is not None:
-            new = new.clamp(-clip, clip)
-        result = result + prev[2] * new
-    if noise is not None:
-        result = result + prev[3] * noise.to(wide)
-    for c, h in zip(prev[4:], history, strict=True):
-        result = result + c * h.to(wide)
+        new = entry[0] * sample.to(wide) + entry[1] * model_output.to(wide)
+        operands[2] = new = new if clip is None else new.clamp(-clip, clip)
+    kept_dtype = kept_dtype or sample.dtype
     return (
-        _laid_out_like(sample, result.to(prev_dtype or sample.dtype)),
+        _laid_out_like(sample, _combination(prev, operands, wide).to(prev_dtype or sample.dtype)),
         sample.new_empty(0, dtype=entry_dtype or model_output.dtype)
         if new is None
         else _laid_out_like(sample, new.to(entry_dtype or model_output.dtype)),
+        _laid_out_like(sample, _combination(kept, operands, wide).to(kept_dtype))
+        if kept
+        else sample.new_empty(0, dtype=kept_dtype),
     )
+
+
+def _combination(coefficients: Sequence[float], tensors: Sequence[Tensor | None], wide: torch.dtype) -> Tensor:
+    terms = [c * t.to(wide) for c, t in zip(coefficients, tensors, strict=True) if t is not None]
+    return functools.reduce(operator.add, terms)
 
 
 def _laid_out_like(like: Tensor, t: Tensor) -> Tensor:
@@ -88,6 +100,8 @@ def _check(
     clip: float | None = None,
     prev_dtype: torch.dtype | None = None,
     entry_dtype: torch.dtype | None = None,
+    kept: Sequence[float] = (),
+    kept_dtype: torch.dtype | None = None,
 ) -> None:
     shape = sample.shape
     if not (sample.is_floating_point() and model_output.is_floating_point()):
@@ -106,6 +120,8 @@ def _check(
         raise ValueError(f"prev has {len(prev)} coefficients, expected 4 and {len(history)} for the history")
     if len(entry) not in (0, 2):
         raise ValueError(f"entry has {len(entry)} coefficients, expected 2 or none")
+    if len(kept) not in (0, len(prev)):
+        raise ValueError(f"kept has {len(kept)} coefficients, expected none or as many as prev, {len(prev)}")
     if clip is not None and not clip >= 0:
         raise ValueError(f"clip is {clip}, expected a bound that is not negative")
 
@@ -125,9 +141,14 @@ def _fake(
     clip: float | None = None,
     prev_dtype: torch.dtype | None = None,
     entry_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:
-    kept = entry_dtype or model_output.dtype
+    kept: Sequence[float] = (),
+    kept_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def result(wanted: bool, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(sample, dtype=dtype) if wanted else sample.new_empty(0, dtype=dtype)
+
     return (
-        torch.empty_like(sample, dtype=prev_dtype or sample.dtype),
-        torch.empty_like(sample, dtype=kept) if entry else sample.new_empty(0, dtype=kept),
+        result(True, prev_dtype or sample.dtype),
+        result(bool(entry), entry_dtype or model_output.dtype),
+        result(bool(kept), kept_dtype or sample.dtype),
     )

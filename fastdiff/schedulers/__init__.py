@@ -9,15 +9,16 @@ attributes it leaves, the noise it draws and the errors it raises are the stock 
 
 from __future__ import annotations
 
-import inspect
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from fastdiff.patching._fingerprint import why_not_version
 from fastdiff.patching._patch import Patch
 from fastdiff.patching._site import SITE, Site
-from fastdiff.schedulers.samplers import SAMPLERS, unsupported
-from fastdiff.schedulers.stepper import REPLACED, Stepper
+from fastdiff.schedulers.samplers import SAMPLERS, STOCK, unsupported
+from fastdiff.schedulers.stepper import Stepper
 
 __all__ = ["SAMPLERS", "install", "why_not"]
 
@@ -30,16 +31,26 @@ def install(patch: Patch) -> None:
     if reason is not None:
         patch.leave("", scheduler, "scheduler step", reason)
         return
-    site = patch.install(
-        "", scheduler, "scheduler step",
-        (scheduler, "step", step), (scheduler, "set_timesteps", set_timesteps),
-        state=Stepper(scheduler, SAMPLERS[cls.__name__]),
+    sampler = SAMPLERS[cls.__name__]
+    replaced: dict[str, Callable[..., Any]] = {sampler.method: step, "set_timesteps": set_timesteps}
+    if "_init_step_index" in _names_in(cls, "scale_model_input"):
+        replaced["scale_model_input"] = scale_model_input
+    for name, function in (("add_noise", add_noise), ("get_velocity", get_velocity)):
+        if "alphas_cumprod" in _names_in(cls, name):
+            replaced[name] = function
+    patch.install(
+        "", scheduler, "scheduler step", *[(scheduler, name, function) for name, function in replaced.items()],
+        state=Stepper(scheduler, sampler),
     )
-    if site is not None:
-        for name in REPLACED:  # pipelines look at these signatures for eta, generator, timesteps and sigmas
-            signature = inspect.signature(getattr(cls, name))
-            parameters = list(signature.parameters.values())[1:]
-            vars(scheduler)[name].__signature__ = signature.replace(parameters=parameters)
+    for name, reason in sampler.others:
+        patch.leave("", scheduler, name, reason)
+
+
+@functools.cache
+def _names_in(cls: type, method: str) -> tuple[str, ...]:
+    """The names of globals and attributes in the code of a method, if there is such a method."""
+    function = getattr(cls, method, None)
+    return () if function is None else function.__code__.co_names
 
 
 def why_not(scheduler: Any) -> str | None:
@@ -48,16 +59,16 @@ def why_not(scheduler: Any) -> str | None:
     The probe reads what the step computes, so no fingerprint of its source is needed; but it has to be
     Diffusers' own, since a wrapper may do things besides stepping.
     """
-    import diffusers
-
     cls = type(scheduler)
-    if getattr(diffusers, cls.__name__, None) is not cls:
+    module = sys.modules[cls.__module__]
+    if not cls.__module__.startswith("diffusers.schedulers.") or getattr(module, cls.__name__, None) is not cls:
         return f"{cls.__name__} is not a class of Diffusers"
     if cls.__name__ not in SAMPLERS:
-        return f"no fused step for {cls.__name__}"
-    code = getattr(vars(cls).get("step"), "__code__", None)
-    if code is None or code.co_filename != sys.modules[cls.__module__].__file__:
-        return f"{cls.__name__}.step is not the one of Diffusers"
+        return f"no fused step for {cls.__name__}: {STOCK.get(cls.__name__, 'it is not known')}"
+    method = SAMPLERS[cls.__name__].method
+    code = getattr(vars(cls).get(method), "__code__", None)
+    if code is None or code.co_filename != module.__file__:
+        return f"{cls.__name__}.{method} is not the one of Diffusers"
     return unsupported(scheduler)
 
 
@@ -71,3 +82,21 @@ def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """In place of ``set_timesteps`` of a patched scheduler."""
     site: Site = vars(scheduler)[SITE]
     site.state.set_timesteps(*args, **kwargs)
+
+
+def scale_model_input(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``scale_model_input`` of a patched scheduler."""
+    site: Site = vars(scheduler)[SITE]
+    return site.state.scale_model_input(*args, **kwargs)
+
+
+def add_noise(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``add_noise`` of a patched scheduler."""
+    site: Site = vars(scheduler)[SITE]
+    return site.state.with_tables("add_noise", args, kwargs)
+
+
+def get_velocity(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``get_velocity`` of a patched scheduler."""
+    site: Site = vars(scheduler)[SITE]
+    return site.state.with_tables("get_velocity", args, kwargs)

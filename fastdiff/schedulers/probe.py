@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from fastdiff.schedulers.samplers import Sampler
 
-#: Inputs of every step, in the order of ``scheduler_step``'s first coefficients; history follows.
-SAMPLE, MODEL_OUTPUT, CLAMPED, NOISE, HISTORY = range(5)
+#: Inputs of every step: first those of ``scheduler_step``'s first coefficients. Noise is drawn twice by one sampler
+#: only. History follows, and arguments that enter like it.
+SAMPLE, MODEL_OUTPUT, CLAMPED, NOISE, SECOND_NOISE, HISTORY = range(6)
 
 _CHECKS = 4
 #: Relative to the sum of absolute terms: cancellation within a stock step stays below, a wrong map does not.
@@ -37,29 +38,47 @@ class NotLinear(Exception):
     """The step is not a linear map that the kernel computes; the message says why."""
 
 
+class Moment(NamedTuple):
+    """A timestep: its value, and its dtype if it is a tensor, since arithmetic on that rounds otherwise."""
+
+    value: int | float
+    dtype: torch.dtype | None
+    axes: int = 0
+
+    def argument(self) -> Any:
+        """As it was passed to the step."""
+        if self.dtype is None:
+            return self.value
+        return torch.tensor(self.value, dtype=self.dtype).view([1] * self.axes)
+
+
 class Call(NamedTuple):
-    """One call of ``step``, as far as it shapes the map. Dtypes stand for tensors.
+    """One call of the step, as far as it shapes the map. Dtypes stand for tensors.
 
     Attributes:
-        timestep: its value, for a sampler whose step depends on it.
-        timestep_dtype: of a timestep that is a tensor: arithmetic on it rounds otherwise than on a number.
+        timestep: for a sampler whose step depends on it, or looks the first step up by it.
+        begin: ``_begin_index``, for a first step.
         sample, model_output: their dtypes.
         noise: dtype of noise passed as an argument, if any is.
         state: the sampler's state attributes before the call.
-        history: its history attributes before the call, lists as tuples.
+        history: its history attributes before the call, lists as tuples; and the tensors among its arguments.
+        past: the timesteps of earlier steps.
         scalars: its scalar arguments.
-        return_dict: the argument.
+        timesteps: its further arguments that are timesteps.
+        return_dict: the argument, if there is one.
     """
 
-    timestep: int | None
-    timestep_dtype: torch.dtype | None
+    timestep: Moment | None
+    begin: int | None
     sample: torch.dtype
     model_output: torch.dtype
     noise: torch.dtype | None
     state: tuple[Any, ...]
     history: tuple[Any, ...]
+    past: tuple[Moment | None, ...]
     scalars: tuple[Any, ...]
-    return_dict: bool
+    timesteps: tuple[Moment | None, ...]
+    return_dict: bool | None
 
 
 class Source(NamedTuple):
@@ -67,6 +86,12 @@ class Source(NamedTuple):
 
     computed: bool
     position: int
+
+
+class Constant(NamedTuple):
+    """A result that is no tensor."""
+
+    value: Any
 
 
 class Computed(NamedTuple):
@@ -90,18 +115,21 @@ class LinearStep(NamedTuple):
     Attributes:
         computed: the tensors it computes; the next sample first.
         clamp: what it clamps, if it does.
-        drawn: dtype of the noise it draws, if it does.
+        drawn: dtypes of the noise it draws.
         output: class of its result, and where each field comes from (names are empty for a tuple).
         history: what the history attributes hold afterwards.
-        state: what the state attributes hold afterwards.
+        state: what the state attributes hold afterwards. A ``torch.Size`` stands for that of the sample's axes
+            but two.
+        past: what the timesteps of earlier steps are afterwards: positions among them before; -1 is this step's.
     """
 
     computed: tuple[Computed, ...]
     clamp: Clamp | None
-    drawn: torch.dtype | None
-    output: tuple[type, tuple[tuple[str, Source], ...]]
-    history: tuple[tuple[str, Source | list[Source | None] | None], ...]
+    drawn: tuple[torch.dtype, ...]
+    output: tuple[type, tuple[tuple[str, Source | Constant], ...]]
+    history: tuple[tuple[str, Source | Constant | list[Source | Constant]], ...]
     state: tuple[tuple[str, Any], ...]
+    past: tuple[int | None, ...]
 
 
 def twin_of(scheduler: Any, sampler: Sampler, without: Collection[str]) -> Any:
@@ -110,7 +138,7 @@ def twin_of(scheduler: Any, sampler: Sampler, without: Collection[str]) -> Any:
     for name, value in vars(scheduler).items():
         if isinstance(value, Tensor):
             twin.__dict__[name] = value.detach().to("cpu", copy=True)
-        elif name not in without and name not in sampler.history:
+        elif name not in without and name not in sampler.history and name != sampler.past:
             twin.__dict__[name] = copy.deepcopy(value)
     return twin
 
@@ -122,41 +150,41 @@ def probe(twin: Any, sampler: Sampler, call: Call) -> LinearStep:
         NotLinear: if it is not a map that the kernel computes.
         Exception: what the stock step raises for such a call.
     """
-    dtypes = [d for entry in call.history for d in (entry if isinstance(entry, tuple) else (entry,))]
-    kept = [d for d in dtypes if d is not None]
+    entries = [d for entry in call.history for d in (entry if isinstance(entry, tuple) else (entry,))]
+    kept = [d for d in entries if isinstance(d, torch.dtype)]
     slots = _slots(HISTORY + len(kept))
-    exact = _Recorder([row.view(1, -1, 1, 1) for row in slots.clone()])
-    output, history, state = _step(twin, sampler, call, exact)
+    exact = _Recorder([row.clone().view(1, -1, 1, 1) for row in slots])
+    output, history, _, _ = _step(twin, sampler, call, exact)
+    noise = call.noise or torch.float32
     typed = _Recorder([torch.full((1, _CHECKS, 1, 1), 0.5, dtype=d) for d in (
-        call.sample, call.model_output, torch.float32, call.noise or torch.float32, *kept)], keep_dtypes=True)
-    typed_output, typed_history, _ = _step(twin, sampler, call, typed)
+        call.sample, call.model_output, torch.float32, noise, noise, *kept)], keep_dtypes=True)
+    typed_output, typed_history, state, past = _step(twin, sampler, call, typed)
 
     computed: list[Computed] = []
-    sources = {id(t): Source(False, i) for i, t in enumerate(typed.inputs)}
+    # An input that the step wrote to is a result.
+    sources = {id(t): Source(False, i) for i, t in enumerate(typed.inputs) if not t._version}
+    if not all(id(t) in sources for t in typed.inputs[:HISTORY]):
+        raise NotLinear("the step writes to its arguments")
 
-    def source(exact_result: Any, typed_result: Any) -> Source | None:
-        if exact_result is None and typed_result is None:
-            return None
-        if not (isinstance(exact_result, Tensor) and isinstance(typed_result, Tensor)):
-            raise NotLinear("a result of the step is not a tensor")
+    def source(exact_result: Any, typed_result: Any) -> Source | Constant:
+        if isinstance(exact_result, Tensor) is not isinstance(typed_result, Tensor):
+            raise NotLinear("a result of the step is a tensor in some dtypes only")
+        if not isinstance(typed_result, Tensor):
+            return Constant(typed_result)
         if id(typed_result) not in sources:
             sources[id(typed_result)] = Source(True, len(computed))
             computed.append(Computed(_coefficients(exact_result, slots), typed_result.dtype))
         return sources[id(typed_result)]
 
-    fields = []
-    for (name, a), (_, b) in zip(_fields(output), _fields(typed_output), strict=True):
-        found = source(a, b)
-        if found is None:
-            raise NotLinear("a result of the step is None")
-        fields.append((name, found))
+    fields = tuple((name, source(a, b)) for (name, a), (_, b) in zip(
+        _fields(output), _fields(typed_output), strict=True))
     after = tuple(
         (name, [source(*pair) for pair in zip(a, b, strict=True)] if isinstance(a, list) else source(a, b))
         for name, a, b in zip(sampler.history, history, typed_history, strict=True)
     )
     clamp = exact.clamp(slots, typed.inputs[CLAMPED].dtype)
-    return LinearStep(tuple(computed), clamp, typed.drawn, (type(output), tuple(fields)), after,
-                      tuple(zip(sampler.state, state, strict=True)))
+    return LinearStep(tuple(computed), clamp, tuple(typed.drawn), (type(output), fields), after,
+                      tuple(zip(sampler.state, state, strict=True)), past)
 
 
 class _Recorder(TorchFunctionMode):
@@ -169,7 +197,7 @@ class _Recorder(TorchFunctionMode):
         super().__init__()
         self.inputs = inputs
         self.keep_dtypes = keep_dtypes
-        self.drawn: torch.dtype | None = None
+        self.drawn: list[torch.dtype] = []
         self._clamped: tuple[Tensor, float] | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -186,12 +214,13 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _draw(self, *, dtype: torch.dtype | None = None, **_: Any) -> Tensor:
-        if self.drawn is not None:
-            raise NotLinear("the step draws noise twice")
-        self.drawn = dtype or torch.get_default_dtype()
+        position = NOISE + len(self.drawn)
+        if position == HISTORY:
+            raise NotLinear("the step draws noise more than twice")
+        self.drawn.append(dtype or torch.get_default_dtype())
         if self.keep_dtypes:
-            self.inputs[NOISE] = self.inputs[NOISE].to(self.drawn)
-        return self.inputs[NOISE]
+            self.inputs[position] = self.inputs[position].to(self.drawn[-1])
+        return self.inputs[position]
 
     def _clamp(self, x: Tensor, min: Any = None, max: Any = None) -> Tensor:
         if self._clamped is not None:
@@ -214,34 +243,54 @@ class _Recorder(TorchFunctionMode):
         return Clamp((s, m), bound, dtype)
 
 
-def _step(twin: Any, sampler: Sampler, call: Call, recorder: _Recorder) -> tuple[Any, list[Any], list[Any]]:
-    """The stock step in the state that ``call`` describes: its result, its history and state afterwards."""
+def _step(
+    twin: Any, sampler: Sampler, call: Call, recorder: _Recorder
+) -> tuple[Any, list[Any], list[Any], tuple[int | None, ...]]:
+    """The stock step in the state that ``call`` describes: its result; its history, state and past afterwards."""
     inputs = recorder.inputs
     attributes = vars(twin)
     tables = dict(attributes)
     kept = iter(inputs[HISTORY:])
+
+    def tensor(entry: Any) -> Any:
+        return next(kept) if isinstance(entry, torch.dtype) else entry
+
     try:
-        attributes.update(zip(sampler.state, call.state, strict=True))
-        for name, entry in zip(sampler.history, call.history, strict=True):
-            if isinstance(entry, tuple):
-                attributes[name] = [None if d is None else next(kept) for d in entry]
-            else:
-                attributes[name] = None if entry is None else next(kept)
+        attributes["_begin_index"] = tables["_begin_index"] = call.begin
+        for name, value in zip(sampler.state, call.state, strict=True):
+            attributes[name] = value.cpu() if isinstance(value, Tensor) else value
+        before, arguments_before = call.history[: len(sampler.history)], call.history[len(sampler.history) :]
+        for name, entry in zip(sampler.history, before, strict=True):
+            attributes[name] = [tensor(e) for e in entry] if isinstance(entry, tuple) else tensor(entry)
+        past = [None if moment is None else torch.tensor(moment.value, dtype=moment.dtype) for moment in call.past]
+        if sampler.past is not None:
+            attributes[sampler.past] = list(past)
+
         arguments = dict(zip(sampler.scalars, call.scalars, strict=True))
+        arguments |= {name: tensor(e) for name, e in zip(sampler.tensors, arguments_before, strict=True)}
+        for name, moment in zip(sampler.timesteps, call.timesteps, strict=True):
+            arguments[name] = None if moment is None else moment.argument()
         if call.noise is not None and sampler.noise is not None:
             arguments[sampler.noise] = inputs[NOISE]
-        timestep: Any = call.timestep
-        if call.timestep_dtype is not None:
-            timestep = torch.tensor(timestep, dtype=call.timestep_dtype)
-        if not sampler.by_timestep:
+        if call.return_dict is not None:
+            arguments["return_dict"] = call.return_dict
+        if call.timestep is not None:
+            timestep = call.timestep.argument()
+        else:
             timestep = twin.timesteps[min(twin._step_index, len(twin.timesteps) - 1)]
+        model_output, time, sample = sampler.names
+        arguments |= {model_output: inputs[MODEL_OUTPUT], time: timestep, sample: inputs[SAMPLE]}
         with torch.no_grad(), recorder:
-            output = type(twin).step(twin, inputs[MODEL_OUTPUT], timestep, inputs[SAMPLE],
-                                     return_dict=call.return_dict, **arguments)
-        for name in attributes.keys() - {*sampler.history, *sampler.state}:
+            output = getattr(type(twin), sampler.method)(twin, **arguments)
+
+        changing = {*sampler.history, *sampler.state, sampler.past}
+        for name in attributes.keys() - changing:
             if attributes[name] is not tables.get(name, attributes):
                 raise NotLinear(f"the step changes the attribute {name}")
-        return output, [attributes[n] for n in sampler.history], [attributes[n] for n in sampler.state]
+        seen = {id(t): i for i, t in enumerate(past) if t is not None} | {id(timestep): -1}
+        listed = attributes[sampler.past] if sampler.past is not None else []
+        return (output, [attributes[n] for n in sampler.history], [attributes[n] for n in sampler.state],
+                tuple([None if t is None else seen[id(t)] for t in listed]))
     finally:
         attributes.clear()
         attributes.update(tables)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
+from itertools import zip_longest
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
@@ -16,12 +17,14 @@ from fastdiff.patching._patch import PATCH
 from fastdiff.patching._site import SITE, Site
 from fastdiff.schedulers.probe import (
     CLAMPED,
-    HISTORY,
     MODEL_OUTPUT,
     NOISE,
     SAMPLE,
+    SECOND_NOISE,
     Call,
+    Constant,
     LinearStep,
+    Moment,
     NotLinear,
     Source,
     probe,
@@ -33,13 +36,10 @@ from fastdiff.schedulers.samplers import Sampler, unsupported
 MAX_CONFIGURATIONS = 8
 MAX_STEPS = 4096
 
-#: The methods that patching replaces.
-REPLACED = ("step", "set_timesteps")
+#: The methods that patching may replace.
+REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
 
 _version = attrgetter("_version")
-
-#: Arguments of every step that do not shape the map.
-_PLAIN = frozenset({"model_output", "timestep", "sample", "generator", "return_dict"})
 
 
 class Launch(NamedTuple):
@@ -52,21 +52,28 @@ class Launch(NamedTuple):
     clip: float | None
     prev_dtype: torch.dtype
     entry_dtype: torch.dtype | None
+    kept: list[float]
+    kept_dtype: torch.dtype | None
+
+
+#: A value after the step: the position of a tensor among the step's values, or what is no tensor.
+After = int | Constant
 
 
 class Plan(NamedTuple):
     """One step, ready to run.
 
-    The step's values are (sample, model output, new entry, noise, *history, *results of the launches); fields
-    and history refer to them by position.
+    The step's values are (sample, model output, new entry, noise, second noise, *history, *results of the
+    launches); fields and history refer to them by position.
     """
 
     launches: tuple[Launch, ...]
-    drawn: torch.dtype | None
+    drawn: tuple[torch.dtype, ...]
     output: type
-    fields: tuple[tuple[str, int], ...]
-    history: tuple[tuple[str, int | list[int | None] | None], ...]
+    fields: tuple[tuple[str, After], ...]
+    history: tuple[tuple[str, After | list[After]], ...]
     state: tuple[tuple[str, Any], ...]
+    past: tuple[int | None, ...]
 
 
 def plan_of(step: LinearStep) -> Plan:
@@ -83,34 +90,38 @@ def plan_of(step: LinearStep) -> Plan:
             if not any(tensor.coefficients[CLAMPED:]):
                 entry, entry_dtype, entry_index = list(tensor.coefficients[:CLAMPED]), tensor.dtype, i
                 break
+    others = [i for i in range(len(step.computed)) if i != entry_index]
+    positions = {i: inputs + n for n, i in enumerate(others)}
+    if entry_index is not None:
+        positions[entry_index] = CLAMPED
     launches: list[Launch] = []
-    positions: list[int] = []
-    for i, tensor in enumerate(step.computed):
-        if i == entry_index:
-            positions.append(CLAMPED)
-            continue
-        positions.append(inputs + len(launches))
-        used = [j for j in range(HISTORY, inputs) if tensor.coefficients[j]]
-        # The entry is written by the first launch; a later one needs it only where it is part of the sum.
-        own = entry if not launches or tensor.coefficients[CLAMPED] else []
+    for pair in zip_longest(others[::2], others[1::2]):
+        first, *second = [step.computed[i] for i in pair if i is not None]
+        both = [t.coefficients for t in (first, *second)]
+        used = [j for j in range(SECOND_NOISE, inputs) if any(c[j] for c in both)]
+        # The entry is written by the first launch; a later one needs it only where it is part of a sum.
+        own = entry if not launches or any(c[CLAMPED] for c in both) else []
+        prev, *kept = [[*c[:SECOND_NOISE], *(c[j] for j in used)] for c in both]
         launches.append(
-            Launch(tuple(used), tensor.coefficients[NOISE] != 0,
-                   [*tensor.coefficients[:HISTORY], *(tensor.coefficients[j] for j in used)],
-                   own, step.clamp.bound if step.clamp and own else None, tensor.dtype, entry_dtype)
+            Launch(tuple(used), any(c[NOISE] for c in both), prev, own, step.clamp.bound if step.clamp and own else None,
+                   first.dtype, entry_dtype, kept[0] if kept else [], second[0].dtype if second else None)
         )
 
-    def position(source: Source | None) -> int | None:
-        return None if source is None else positions[source.position] if source.computed else source.position
+    def after(result: Source | Constant) -> After:
+        if isinstance(result, Constant):
+            return result
+        return positions[result.position] if result.computed else result.position
 
     output, fields = step.output
     return Plan(
         tuple(launches),
         step.drawn,
         output,
-        tuple((name, positions[s.position] if s.computed else s.position) for name, s in fields),
-        tuple((name, [position(s) for s in after] if isinstance(after, list) else position(after))
-              for name, after in step.history),
+        tuple((name, after(result)) for name, result in fields),
+        tuple((name, [after(r) for r in results] if isinstance(results, list) else after(results))
+              for name, results in step.history),
         step.state,
+        step.past,
     )
 
 
@@ -120,7 +131,8 @@ class _Configuration:
     def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
         self.reason = unsupported(scheduler)
         self.twin = twin_of(scheduler, sampler, without)
-        self.timesteps: list[int | float] = self.twin.timesteps.tolist()
+        timesteps = self.twin.timesteps
+        self.timesteps: list[int | float] = [] if timesteps is None else timesteps.tolist()
         self.plans: dict[Call, Plan | str] = {}
 
 
@@ -146,12 +158,19 @@ class Stepper:
         self._reset()
 
     def _reset(self) -> None:
-        parameters = list(inspect.signature(type(self.scheduler).step).parameters.values())[1:]
+        sampler = self.sampler
+        parameters = list(inspect.signature(getattr(type(self.scheduler), sampler.method)).parameters.values())[1:]
         self._names = tuple(p.name for p in parameters)
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        known = _PLAIN | {*self.sampler.scalars, self.sampler.noise}
+        plain = {*sampler.names, "generator", "return_dict"}  # these do not shape the map
+        known = {*plain, *sampler.scalars, *sampler.timesteps, *sampler.tensors, sampler.noise}
         self._unknown = tuple(name for name in self._names if name not in known)
-        self._not_fixed = frozenset({*REPLACED, SITE, PATCH, *self.sampler.state, *self.sampler.history})
+        not_fixed = {*REPLACED, SITE, PATCH, *sampler.state, *sampler.history}
+        if sampler.past is not None:
+            not_fixed.add(sampler.past)
+        if "_step_index" in sampler.state:
+            not_fixed.add("_begin_index")  # counts on the first step only
+        self._not_fixed = frozenset(not_fixed)
         self._configurations: OrderedDict[Any, _Configuration] = OrderedDict()
         self._configuration: _Configuration | None = None
         self._attributes = 0
@@ -160,17 +179,44 @@ class Stepper:
         self._tables: list[Tensor] = []
         self._writes = 0
         self._fixed = itemgetter("_internal_dict")
+        self._moved: tuple[Tensor, int, Tensor] | None = None
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The stock ``set_timesteps``; then reads the schedule from its device, so that no step has to."""
         type(self.scheduler).set_timesteps(self.scheduler, *args, **kwargs)
         self._bind()
 
+    def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
+        """The stock ``scale_model_input``, without its read of the first step's index from the device."""
+        scheduler = self.scheduler
+        if scheduler._step_index is None and scheduler._begin_index is None:
+            moment = self._moment(kwargs.get("timestep", args[1] if len(args) > 1 else None))
+            if moment is not None:
+                twin = self._bound_configuration().twin
+                twin._step_index = twin._begin_index = None
+                twin._init_step_index(moment.value)
+                scheduler._step_index = twin._step_index
+        return type(scheduler).scale_model_input(scheduler, *args, **kwargs)
+
+    def with_tables(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The stock method of that name. It moves ``alphas_cumprod`` to the samples' device, where every step would
+        have to read it from; here the table comes back, and the moved one is kept for the next call."""
+        attributes = vars(self.scheduler)
+        table = attributes["alphas_cumprod"]
+        version = -1 if table.is_inference() else table._version
+        if self._moved is not None and self._moved[0] is table and self._moved[1] == version:
+            attributes["alphas_cumprod"] = self._moved[2]
+        try:
+            return getattr(type(self.scheduler), name)(self.scheduler, *args, **kwargs)
+        finally:
+            self._moved = table, version, attributes["alphas_cumprod"]
+            attributes["alphas_cumprod"] = table
+
     def step(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's step; arguments and result as in the stock one."""
         result = self._fused(site, args, kwargs)
         if type(result) is str:
-            return site.stock(result, self.scheduler, *args, name="step", **kwargs)
+            return site.stock(result, self.scheduler, *args, name=self.sampler.method, **kwargs)
         return result
 
     def _fused(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,8 +227,7 @@ class Stepper:
             return "the arguments do not fit the step"
         scheduler, sampler = self.scheduler, self.sampler
         try:
-            sample, model_output = arguments["sample"], arguments["model_output"]
-            timestep = arguments["timestep"]
+            model_output, timestep, sample = map(arguments.__getitem__, sampler.names)
             shape, device = sample.shape, sample.device
             if model_output.shape != shape or model_output.device != device or len(shape) < 2:
                 return "model_output and sample differ in shape or device, or have one dimension"
@@ -201,37 +246,34 @@ class Stepper:
         if reason is not None:
             return reason
 
-        if not self._is_bound():
-            self._bind()
-        configuration = self._configuration
-        assert configuration is not None
+        configuration = self._bound_configuration()
         if configuration.reason is not None:
             return configuration.reason
-        value = timestep_dtype = None
-        if sampler.by_timestep:
-            value = self._timestep(timestep)
-            timestep_dtype = timestep.dtype if isinstance(timestep, Tensor) else None
-            if type(value) is not int:
-                return "timestep is not one integer"
         attributes = vars(scheduler)
-        if attributes.get("_step_index", 0) is None:
-            self._start(timestep)
-
+        moment = begin = None
+        first = attributes.get("_step_index", 0) is None
+        if first:
+            begin = attributes.get("_begin_index")
+        if sampler.by_timestep or first:
+            moment = self._moment(timestep, sampler.per_sample)
+            if moment is None:
+                return "timestep is not one number"
         noise = noise_dtype = None
         generator = arguments.get("generator")
         if sampler.noise is not None and (noise := arguments[sampler.noise]) is not None:
             if generator is not None or noise.shape != shape or noise.device != device:
                 return "variance_noise comes with a generator, or in another shape or on another device"
             noise_dtype = noise.dtype
-        values: list[Any] = [sample, model_output, None, noise]
+        values: list[Any] = [sample, model_output, None, noise, None]
         history: list[Any] = []
-        for name in sampler.history:
-            entry = attributes[name]
+        for entry in (*[attributes.get(n) for n in sampler.history], *[arguments[n] for n in sampler.tensors]):
             many = type(entry) is list
-            dtypes: list[torch.dtype | None] = []
+            dtypes: list[Any] = []
             for tensor in entry if many else (entry,):
-                if tensor is None:
-                    dtypes.append(None)
+                if not isinstance(tensor, Tensor):
+                    if tensor is not None and type(tensor) is not int:
+                        return f"the sampler keeps a {type(tensor).__name__}"
+                    dtypes.append(tensor)
                     continue
                 if tensor.shape != shape or tensor.device != device or tensor.requires_grad:
                     return "a history tensor differs from the sample in shape or device, or needs a gradient"
@@ -242,40 +284,49 @@ class Stepper:
         for scalar in scalars:
             if not isinstance(scalar, (int, float)):
                 return f"an argument of the step is a {type(scalar).__name__}, not a number"
-        call = Call(value, timestep_dtype, sample.dtype, model_output.dtype, noise_dtype,
-                    tuple([attributes.get(name) for name in sampler.state]), tuple(history), scalars,
-                    bool(arguments["return_dict"]))
+        past, times = self._past(), [arguments[name] for name in sampler.timesteps]
+        further = [None if t is None else self._moment(t) for t in times]
+        if past is None or (None in further and any(t is not None and m is None for t, m in zip(times, further))):
+            return "a timestep is not one number"
+        return_dict = arguments.get("return_dict")
+        call = Call(moment, begin, sample.dtype, model_output.dtype, noise_dtype,
+                    tuple([attributes.get(name) for name in sampler.state]), tuple(history), past, scalars,
+                    tuple(further), None if return_dict is None else bool(return_dict))
         plan = configuration.plans.get(call)
         if plan is None:
             plan = self._probe(configuration, call)
         if type(plan) is str:
             return plan
-        return self._run(site, plan, values, generator)
+        return self._run(site, plan, values, generator, timestep)
 
-    def _run(self, site: Site, plan: Any, values: list[Any], generator: Any) -> Any:
+    def _run(self, site: Site, plan: Any, values: list[Any], generator: Any, timestep: Any) -> Any:
         sample, model_output = values[SAMPLE], values[MODEL_OUTPUT]
-        if plan.drawn is not None:
-            values[NOISE] = _randn(model_output, generator, plan.drawn)
+        for position, dtype in enumerate(plan.drawn, NOISE):
+            values[position] = _randn(model_output, generator, dtype)
         for i, launch in enumerate(plan.launches):
-            result, entry = site.serve(
-                "step" if i == 0 else f"step, result {i + 1}", scheduler_step, sample, model_output,
+            result, entry, kept = site.serve(
+                "step" if i == 0 else f"step, launch {i + 1}", scheduler_step, sample, model_output,
                 [values[j] for j in launch.history], values[NOISE] if launch.noise else None, launch.prev,
-                launch.entry, launch.clip, launch.prev_dtype, launch.entry_dtype,
+                launch.entry, launch.clip, launch.prev_dtype, launch.entry_dtype, launch.kept, launch.kept_dtype,
             )
             values.append(result)
+            if launch.kept:
+                values.append(kept)
             if i == 0:
                 values[CLAMPED] = entry
         attributes = vars(self.scheduler)
         for name, after in plan.history:
             if type(after) is list:
-                attributes[name][:] = [None if j is None else values[j] for j in after]
+                attributes[name][:] = [values[a] if type(a) is int else a.value for a in after]
             else:
-                attributes[name] = None if after is None else values[after]
-        for name, after in plan.state:
-            attributes[name] = after
-        if plan.output is tuple:
-            return tuple([values[j] for _, j in plan.fields])
-        return plan.output(**{name: values[j] for name, j in plan.fields})
+                attributes[name] = values[after] if type(after) is int else after.value
+        for name, value in plan.state:
+            attributes[name] = sample.shape[2:] if type(value) is torch.Size else value
+        if plan.past:
+            past = attributes[self.sampler.past]
+            past[:] = [None if j is None else timestep if j < 0 else past[j] for j in plan.past]
+        fields = [(name, values[a] if type(a) is int else a.value) for name, a in plan.fields]
+        return tuple([value for _, value in fields]) if plan.output is tuple else plan.output(**dict(fields))
 
     def _probe(self, configuration: _Configuration, call: Call) -> Plan | str:
         if len(configuration.plans) >= MAX_STEPS:
@@ -288,8 +339,23 @@ class Stepper:
             plan = str(error)
         except Exception as error:  # the stock step raises on such a call, and will tell the caller so itself
             plan = f"the stock step raises {type(error).__name__}"
+        else:
+            attributes = vars(self.scheduler)
+            state = {n: v for (n, v), old in zip(plan.state, call.state, strict=True) if n in attributes or v is not old}
+            for name, value in state.items():
+                if isinstance(value, Tensor):  # a number that the step takes from the sigmas, and keeps
+                    state[name] = value.to(attributes["sigmas"].device)
+            history = tuple([(n, after) for n, after in plan.history if n in attributes or after != Constant(None)])
+            plan = plan._replace(state=tuple(state.items()), history=history)
         configuration.plans[call] = plan
         return plan
+
+    def _bound_configuration(self) -> _Configuration:
+        """That of the scheduler's present options and schedule."""
+        if not self._is_bound():
+            self._bind()
+        assert self._configuration is not None
+        return self._configuration
 
     def _is_bound(self) -> bool:
         """Whether nothing that the plans depend on was set, replaced or written to since :meth:`_bind`."""
@@ -325,11 +391,11 @@ class Stepper:
         if len(self._configurations) > MAX_CONFIGURATIONS:
             self._configurations.popitem(last=False)
 
-    def _timestep(self, timestep: Any) -> Any:
-        """The value of a timestep. One that is an element of ``timesteps`` is not read from its device."""
+    def _moment(self, timestep: Any, per_sample: bool = False) -> Moment | None:
+        """A timestep's value, if it has one. That of an element of ``timesteps`` is not read from its device."""
         if not isinstance(timestep, Tensor):
-            return timestep
-        if timestep.dim() != 0:
+            return Moment(timestep, None) if type(timestep) in (int, float) else None
+        if timestep.dim() != int(per_sample) or any(timestep.stride()):
             return None
         if timestep.device.type != "cpu":
             schedule = self.scheduler.timesteps
@@ -337,20 +403,23 @@ class Stepper:
                     and schedule.is_contiguous()):
                 offset = timestep.data_ptr() - schedule.data_ptr()
                 if 0 <= offset < schedule.numel() * schedule.element_size():
-                    assert self._configuration is not None
-                    return self._configuration.timesteps[offset // schedule.element_size()]
-        return timestep.item()
+                    value = self._bound_configuration().timesteps[offset // schedule.element_size()]
+                    return Moment(value, timestep.dtype, timestep.dim())
+        return Moment(timestep[(0,) * timestep.dim()].item(), timestep.dtype, timestep.dim())
 
-    def _start(self, timestep: Any) -> None:
-        """Set ``_step_index`` for the first step, as the stock step does."""
-        scheduler = self.scheduler
-        if vars(scheduler).get("_begin_index") is None and scheduler.timesteps.device.type != "cpu":
-            assert self._configuration is not None
-            scheduler._step_index = scheduler.index_for_timestep(
-                self._timestep(timestep), self._configuration.twin.timesteps
-            )
-        else:
-            scheduler._init_step_index(timestep)
+    def _past(self) -> tuple[Moment | None, ...] | None:
+        """The timesteps of earlier steps, with their values where these matter; ``None`` if one has none."""
+        if self.sampler.past is None:
+            return ()
+        timesteps = vars(self.scheduler)[self.sampler.past]
+        if not self.sampler.by_timestep:
+            return tuple([None if t is None else _SOME_MOMENT for t in timesteps])
+        moments = [None if t is None else self._moment(t) for t in timesteps]
+        known = all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True))
+        return tuple(moments) if known else None
+
+
+_SOME_MOMENT = Moment(0, None)
 
 
 def _randn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
@@ -366,4 +435,8 @@ def _frozen(value: Any) -> Any:
         return value.dtype, value.device, tuple(value.shape), data
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return tuple([(key, _frozen(v)) for key, v in value.items()])
+    if inspect.isfunction(value):
+        return value  # itself: another one may come to have its address
     return type(value).__name__, repr(value)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+from trajectory import AVAILABLE
+
 Configuration = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]
 
 ZERO_SNR = {
@@ -24,7 +26,8 @@ def _configurations() -> list[Configuration]:
 
     def add(name: str, config: dict[str, Any], schedule: dict[str, Any] | None = None,
             **step: Any) -> None:
-        found.append((name, config, schedule or {"num_inference_steps": 8}, step))
+        if name in AVAILABLE:
+            found.append((name, config, schedule or {"steps": 8}, step))
 
     for config in _each(prediction_type=PREDICTIONS, clip_sample=(True, False)):
         add("DDPMScheduler", config)
@@ -75,8 +78,8 @@ def _configurations() -> list[Configuration]:
         add(dpm, {sigmas: True, "final_sigmas_type": "sigma_min"})
         add(dpm, {sigmas: True})
     add(dpm, {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"})
-    add(dpm, {"solver_order": 3, "lower_order_final": False}, {"num_inference_steps": 20})
-    add(dpm, {"solver_order": 3}, {"num_inference_steps": 20})
+    add(dpm, {"solver_order": 3, "lower_order_final": False}, {"steps": 20})
+    add(dpm, {"solver_order": 3}, {"steps": 20})
     add(dpm, {"euler_at_final": True, "timestep_spacing": "trailing"})
     add(dpm, {"lower_order_final": False, "final_sigmas_type": "sigma_min", "timestep_spacing": "leading",
               "steps_offset": 1})
@@ -108,7 +111,93 @@ def _configurations() -> list[Configuration]:
         add("LCMScheduler", {"prediction_type": prediction})
         add("TCDScheduler", {"prediction_type": prediction}, eta=0.3)
     add("LCMScheduler", {"clip_sample": True})
+
+    for prediction in ("epsilon", "v_prediction"):
+        for skip in (True, False):
+            add("PNDMScheduler", {"prediction_type": prediction, "skip_prk_steps": skip}, {"steps": 9})
+        add("KDPM2AncestralDiscreteScheduler", {"prediction_type": prediction})
+    add("PNDMScheduler", {"timestep_spacing": "trailing", "set_alpha_to_one": True, "skip_prk_steps": True})
+    add("IPNDMScheduler", {})
+    for prediction in PREDICTIONS:
+        add("LMSDiscreteScheduler", {"prediction_type": prediction})
+        add("HeunDiscreteScheduler", {"prediction_type": prediction})
+    add("LMSDiscreteScheduler", {}, order=2)
+    add("HeunDiscreteScheduler", {"clip_sample": True, "clip_sample_range": 0.7})
+    add("HeunDiscreteScheduler", {}, {"timesteps": [999, 700, 333, 20]})
+
+    unipc = "UniPCMultistepScheduler"
+    for config in _each(solver_order=(1, 2, 3), solver_type=("bh1", "bh2"), predict_x0=(True, False)):
+        # Stock ends in NaN at a last sigma of 0 in all cases but this one.
+        finite = config["predict_x0"] and config["solver_type"] == "bh2"
+        add(unipc, config if finite else {**config, "final_sigmas_type": "sigma_min"})
+    for prediction in ("sample", "v_prediction"):
+        for predict_x0 in (True, False):
+            add(unipc, {"prediction_type": prediction, "predict_x0": predict_x0, "solver_order": 3,
+                        "final_sigmas_type": "zero" if predict_x0 else "sigma_min"})
+    add(unipc, {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"})
+    add(unipc, {"disable_corrector": [0, 2], "lower_order_final": False, "final_sigmas_type": "sigma_min"})
+    add(unipc, {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"})
+    add(unipc, {"solver_order": 3}, {"steps": 20})
+
+    sa = "SASolverScheduler"
+    for config in _each(predictor_order=(1, 2, 3), corrector_order=(1, 3),
+                        algorithm_type=("data_prediction", "noise_prediction")):
+        add(sa, config)
+    for prediction in ("sample", "v_prediction"):
+        add(sa, {"prediction_type": prediction, "corrector_order": 4, "predictor_order": 3})
+    add(sa, {"use_flow_sigmas": True, "flow_shift": 2.0, "prediction_type": "flow_prediction"})
+    add(sa, {"lower_order_final": False, "tau_func": _tau})
+
+    for name in ("LMSDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", sa, unipc, dpm,
+                 "KDPM2AncestralDiscreteScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler",
+                 "DPMSolverMultistepInverseScheduler", euler, "FlowMatchEulerDiscreteScheduler"):
+        for sigmas in ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"):
+            add(name, {sigmas: True})
+        if "FlowMatch" not in name and "Singlestep" not in name:
+            add(name, {"timestep_spacing": "trailing", "beta_schedule": "scaled_linear"})
+    add("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential", "final_sigmas_type": "sigma_min"})
+
+    add("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True})
+    add("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True})
+    add("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "use_dynamic_shifting": True}, {"steps": 8, "mu": 0.7})
+    add("FlowMatchEulerDiscreteScheduler", {}, s_churn=5.0, s_noise=1.1)  # which it ignores
+    add("FlowMatchHeunDiscreteScheduler", {"shift": 3.0})
+    add("FlowMatchLCMScheduler", {"shift": 3.0})
+    add("FlowMatchLCMScheduler", {"use_beta_sigmas": True})
+    add("FlowMapEulerDiscreteScheduler", {"shift": 5.0})
+    for eta in (0.0, 0.6, 1.0):
+        add("LTXEulerAncestralRFScheduler", {"eta": eta})
+    add("MiniMaxH3Scheduler", {})
+    for kind in ("unipc", "euler"):
+        add("HeliosScheduler", {"scheduler_type": kind})
+    add("HeliosScheduler", {"stages": 1, "scheduler_type": "euler", "shift": 2.0})
+    add("HeliosScheduler", {"solver_order": 3, "solver_type": "bh2"}, {"steps": 8, "stage_index": 2})
+    for clip in (True, False):
+        add("CMStochasticIterativeScheduler", {"clip_denoised": clip})
+    add("CMStochasticIterativeScheduler", {}, {"timesteps": [22, 0]})
+    add("CMStochasticIterativeScheduler", {}, {"steps": 1})
+    add("ConsistencyDecoderScheduler", {})
+    add("SCMScheduler", {})
+    add("SCMScheduler", {}, {"steps": 2, "intermediate_timesteps": 1.3})
+    for clip in (True, False):
+        add("UnCLIPScheduler", {"clip_sample": clip})
+    add("UnCLIPScheduler", {"prediction_type": "sample", "clip_sample_range": 3.0})
+    for prediction in PREDICTIONS:
+        add("CogVideoXDPMScheduler", {"prediction_type": prediction})
+    add("CogVideoXDPMScheduler", {**ZERO_SNR, "snr_shift_scale": 1.0})
+    add("CogVideoXDPMScheduler", {}, return_dict=True)
+    add("ScoreSdeVeScheduler", {"num_train_timesteps": 8})
+    add("ScoreSdeVpScheduler", {})
+    add("KarrasVeScheduler", {"sigma_min": 1.0})
+    add("DDPMWuerstchenScheduler", {})
+    add("DDPMWuerstchenScheduler", {"scaler": 2.0})
+    for name in ("EulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler"):
+        add(name, {}, s_churn=5.0, s_noise=1.1)
     return found
+
+
+def _tau(t: Any) -> float:
+    return 0.5 if t > 400 else 1.0
 
 
 CONFIGURATIONS = _configurations()
@@ -118,6 +207,6 @@ def label(configuration: Configuration) -> str:
     """A test id."""
     name, config, schedule, step = configuration
     parts = [f"{k}={v}" for k, v in {**config, **step}.items()]
-    if schedule != {"num_inference_steps": 8}:
+    if schedule != {"steps": 8}:
         parts.append("-".join(f"{k}" for k in schedule))
     return "-".join([name.removesuffix("Scheduler"), *parts])

@@ -21,8 +21,9 @@ F32, F16 = torch.float32, torch.float16
 
 def probe_of(scheduler: Any, sampler: Sampler | None = None, **call: Any) -> LinearStep:
     sampler = sampler or SAMPLERS[type(scheduler).__name__]
-    fields: dict[str, Any] = {"timestep": None, "timestep_dtype": None, "sample": F32, "model_output": F32,
-                              "noise": None, "state": (), "history": (), "scalars": (), "return_dict": True}
+    fields: dict[str, Any] = {"timestep": None, "begin": None, "sample": F32, "model_output": F32,
+                              "noise": None, "state": (), "history": (), "past": (), "scalars": (),
+                              "timesteps": (), "return_dict": True}
     return probe(twin_of(scheduler, sampler, ()), sampler, Call(**{**fields, **call}))
 
 

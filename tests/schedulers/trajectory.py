@@ -6,7 +6,7 @@ import copy
 import inspect
 from typing import Any
 
-import diffusers
+import diffusers.schedulers
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -14,11 +14,23 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.patching import patch
 from fastdiff.patching._patch import PATCH
 from fastdiff.patching._site import SITE
+from fastdiff.schedulers import SAMPLERS
 from fastdiff.schedulers.stepper import REPLACED
 
 #: A batch of ten stands for ten seeds.
 SHAPE = (10, 3, 6, 5)
 
+#: The samplers that this version of Diffusers has.
+AVAILABLE = [name for name in SAMPLERS if hasattr(diffusers.schedulers, name)]
+
+#: Arguments of ``set_timesteps`` besides the number of steps.
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "ConsistencyDecoderScheduler": {"num_inference_steps": 2},
+    "HeliosScheduler": {"stage_index": 1},
+    "SCMScheduler": {"intermediate_timesteps": None},
+}
+#: These list where the last step ends as well.
+WITH_END = ("DDPMWuerstchenScheduler", "SCMScheduler")
 
 _made: dict[tuple[str, str], Any] = {}
 
@@ -27,32 +39,87 @@ def make(name: str, patched: bool = False, **config: Any) -> Any:
     """A scheduler of its own; some take a second to construct, so they are copies of one."""
     key = name, repr(config)
     if key not in _made:
-        _made[key] = getattr(diffusers, name)(**config)
+        _made[key] = getattr(diffusers.schedulers, name)(**config)
     scheduler = copy.deepcopy(_made[key])
     return patch(scheduler) if patched else scheduler
+
+
+def set_timesteps(scheduler: Any, steps: int, **arguments: Any) -> None:
+    """``set_timesteps`` with the arguments that this class needs."""
+    scheduler.set_timesteps(**{"num_inference_steps": steps, **SCHEDULES.get(type(scheduler).__name__, {}), **arguments})
+
+
+class Walk:
+    """Calls the step of any scheduler as its pipelines do, one timestep after the other.
+
+    Attributes:
+        timesteps: of the steps.
+        arguments: of every step.
+    """
+
+    def __init__(self, scheduler: Any, **arguments: Any) -> None:
+        self.scheduler = scheduler
+        self.arguments = arguments
+        self.name = type(scheduler).__name__
+        self.sampler = SAMPLERS[self.name]
+        self.timesteps = scheduler.timesteps[:-1] if self.name in WITH_END else scheduler.timesteps
+        self.clean: Any = None  # the predicted clean sample of the step before
+
+    def step(self, index: int, model_output: Tensor, sample: Tensor, **more: Any) -> Any:
+        """The step at ``timesteps[index]``."""
+        scheduler, t = self.scheduler, self.timesteps[index]
+        arguments = {**self.arguments, **more}
+        following = self.timesteps[index + 1] if index + 1 < len(self.timesteps) else None
+        if self.name == "UnCLIPScheduler":
+            arguments["prev_timestep"] = following
+        elif self.name == "CogVideoXDPMScheduler":
+            arguments["old_pred_original_sample"] = self.clean
+            arguments["timestep_back"] = self.timesteps[index - 1] if index > 0 else None
+        elif self.name == "KarrasVeScheduler":
+            sigmas = scheduler.schedule.tolist()
+            arguments["sigma_prev"] = sigmas[index + 1] if following is not None else 0.0
+            t = sigmas[index]
+        elif self.sampler.per_sample:
+            t = t.expand(len(sample))
+        scale(scheduler, sample, t)
+        model_name, time_name, sample_name = self.sampler.names
+        arguments |= {model_name: model_output, time_name: t, sample_name: sample}
+        output = getattr(scheduler, self.sampler.method)(**arguments)
+        self.clean = fields(output).get("1")
+        return output
+
+
+def fields(output: Any) -> dict[str, Any]:
+    """A step's result by name; those of a tuple by position, but for the first."""
+    if type(output) is tuple:
+        return {"prev_sample" if i == 0 else str(i): v for i, v in enumerate(output)}
+    return dict(output)
 
 
 def run(
     scheduler: Any,
     dtype: torch.dtype,
     *,
-    steps: int | None = 8,
+    steps: int = 8,
     seed: int = 0,
-    wide: bool = False,
+    wide: list[torch.dtype] | None = None,
     inputs_dtype: torch.dtype | None = None,
-    set_timesteps: dict[str, Any] | None = None,
+    schedule: dict[str, Any] | None = None,
     step: dict[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Sample with random model outputs; per step the result, and the attributes the step left behind.
 
     Args:
         dtype: of sample and model outputs.
-        wide: inputs are those of ``inputs_dtype``, computed on in fp64.
-        set_timesteps, step: further arguments.
+        wide: inputs are those of ``inputs_dtype``, computed on in fp64; the noise is drawn in these dtypes.
+        schedule, step: further arguments of ``set_timesteps`` and of the step.
     """
     inputs = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed + 1)
-    scheduler.set_timesteps(**(set_timesteps or {"num_inference_steps": steps}))
+    if schedule and not schedule.keys().isdisjoint(("timesteps", "sigmas")):
+        scheduler.set_timesteps(**schedule)
+    else:
+        set_timesteps(scheduler, **{"steps": steps, **(schedule or {})})
 
     def draw(scale: float = 1.0) -> Tensor:
         x = scale * torch.randn(SHAPE, generator=inputs, dtype=torch.float64)
@@ -60,53 +127,58 @@ def run(
 
     sample = draw(float(getattr(scheduler, "init_noise_sigma", 1.0)))
     arguments = dict(step or {})
-    if "generator" in inspect.signature(scheduler.step).parameters and "variance_noise" not in arguments:
-        arguments["generator"] = noise
+    walk = Walk(scheduler, **arguments)
+    method = getattr(scheduler, walk.sampler.method)
+    if "generator" in inspect.signature(method).parameters and "variance_noise" not in arguments:
+        walk.arguments["generator"] = noise
     records = []
-    for t in scheduler.timesteps:
-        scale(scheduler, sample, t)
+    drawn = Draws(wide)
+    for index in range(len(walk.timesteps)):
         if "variance_noise" in arguments:
-            arguments["variance_noise"] = draw()
+            walk.arguments["variance_noise"] = draw()
         model_output = draw()
-        if wide:
-            with Wide(inputs_dtype or dtype):
-                out = scheduler.step(model_output, t, sample, **arguments)
-        else:
-            out = scheduler.step(model_output, t, sample, **arguments)
-        sample = out.prev_sample
-        records.append({"type": type(out), **out})
-        records[-1].update(attributes=attributes(scheduler), site=served(scheduler))
-    records[-1]["generator"] = noise.get_state()
+        with drawn:
+            out = walk.step(index, model_output, sample)
+        found = fields(out)
+        sample = found["prev_sample"]
+        records.append({"type": type(out), **found, "attributes": attributes(scheduler), "site": served(scheduler)})
+    records[-1].update(generator=noise.get_state(), drawn=drawn.dtypes)
     return records
 
 
-def scale(scheduler: Any, sample: Tensor, t: Tensor) -> None:
+def scale(scheduler: Any, sample: Tensor, t: Any) -> None:
     """What pipelines call before the denoiser; flow matching samplers have no such thing."""
     if hasattr(scheduler, "scale_model_input"):
         scheduler.scale_model_input(sample, t)
 
 
-class Wide(TorchFunctionMode):
-    """In fp64, keep a stock step from rounding to fp32, and draw its noise as in ``dtype``."""
+class Draws(TorchFunctionMode):
+    """Notes the dtypes of the noise drawn; given those of another run, keeps a stock step in fp64 from rounding.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Its noise then has these dtypes, and casts to fp32 are skipped.
+    """
+
+    def __init__(self, given: list[torch.dtype] | None) -> None:
         super().__init__()
-        self.dtype = dtype
+        self.given = None if given is None else iter(given)
+        self.dtypes: list[torch.dtype] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.randn:
-            drawn = self.dtype if kwargs["dtype"] is torch.float64 else kwargs["dtype"]
-            return func(*args, **{**kwargs, "dtype": drawn}).double()
-        if func is Tensor.to and args[0].shape == SHAPE and torch.float32 in (*args[1:], kwargs.get("dtype")):
+            if self.given is not None:
+                return func(*args, **{**kwargs, "dtype": next(self.given)}).double()
+            self.dtypes.append(kwargs.get("dtype") or torch.get_default_dtype())
+        elif (self.given is not None and func is Tensor.to and args[0].shape == SHAPE
+                and torch.float32 in (*args[1:], kwargs.get("dtype"))):
             return args[0]
         return func(*args, **kwargs)
 
 
 def attributes(scheduler: Any) -> dict[str, Any]:
-    """The attributes of a scheduler that are its own, lists copied."""
+    """The attributes of a scheduler that are its own, copied where a stock step writes to them."""
     return {
-        k: list(v) if isinstance(v, list) else v
+        k: list(v) if isinstance(v, list) else v.clone() if isinstance(v, Tensor) else v
         for k, v in vars(scheduler).items()
         if k not in (PATCH, SITE, *REPLACED, "_internal_dict")
     }
@@ -117,7 +189,10 @@ def served(scheduler: Any) -> str:
     site = vars(scheduler).get(SITE)
     if site is None:
         return ""
-    return f"stock: {site.declined}" if site.declined else site.served["step"].backend
+    if site.declined or not site.served:
+        return f"stock: {site.declined}"
+    assert list(site.served) == ["step"]  # one launch
+    return site.served["step"].backend
 
 
 def error(ours: Any, reference: Any) -> float:
