@@ -5,7 +5,7 @@ __version__ = "0.1.0"  # before the imports: the extension is checked against it
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from fastdiff import ops
+from fastdiff import _attention_backend, ops
 from fastdiff._allocator import tune_cpu_allocator
 from fastdiff.backends import BackendError, use_backend
 from fastdiff.info import info
@@ -36,6 +36,8 @@ _LAZY = {
     "unpatch": "fastdiff.patching",
     "verify": "fastdiff._verify",
 }
+
+_attention_backend.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -94,6 +94,63 @@ def _group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, b
     return _reason(x, weight, bias, temb, scale, shift)
 
 
+def _strided(t: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides of a tensor's axes, merged where that is possible, without those of size 1."""
+    axes: list[tuple[int, int]] = []
+    for size, stride in zip(t.shape, t.stride(), strict=True):
+        if size == 1:
+            continue
+        if axes and axes[-1][1] == size * stride:
+            size *= axes.pop()[0]
+        axes.append((size, stride))
+    return axes
+
+
+def _swiglu(gate: Tensor, x: Tensor) -> str | None:
+    if not (gate.is_contiguous() and x.is_contiguous()) and gate.numel():
+        layouts = [_strided(t) for t in (gate, x)]
+        widths = {axes[-1][0] for axes in layouts if len(axes) > 1}
+        if any(len(axes) > 2 or axes[-1][1] != 1 for axes in layouts if axes) or len(widths) > 1:
+            return "gate and x are not evenly strided rows of one length"
+    return _reason(gate, x)
+
+
+def _qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    q_bias: Tensor | None = None,
+    k_bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    text_q: Tensor | None = None,
+    text_k: Tensor | None = None,
+    text_q_weight: Tensor | None = None,
+    text_k_weight: Tensor | None = None,
+    eps: float | None = 1e-6,
+    *,
+    rms: bool = True,
+    across_heads: bool = False,
+    interleaved: bool = True,
+    text_first: bool = True,
+    rope_start: int = 0,
+) -> str | None:
+    affine = q_weight, k_weight, q_bias, k_bias, text_q_weight, text_k_weight
+    for t in (q, k, text_q, text_k, *affine):
+        if t is not None and t.stride()[-1] != 1 and t.shape[-1] > 1:
+            return "a tensor's last axis is not contiguous"
+    for t in (cos, sin):
+        if t is not None and t.dtype != torch.float32:
+            return f"a rotary table is {str(t.dtype)[6:]}"
+    if cos is not None:
+        if cos.stride(-1) != 1 or (sin is None and cos.stride(-2) != 2):
+            return "a rotary table's last axis is not contiguous"
+        if sin is not None and sin.stride() != cos.stride():
+            return "cos and sin are laid out differently"
+    return _reason(q, k, text_q, text_k, *affine, cos, sin)
+
+
 def _scheduler_step(
     sample: Tensor,
     model_output: Tensor,
@@ -170,7 +227,9 @@ REFUSE: dict[str, Refuse] = {
     "geglu": _contiguous_only,
     "gelu_tanh": _contiguous_only,
     "group_norm_silu": _group_norm_silu,
+    "qk_norm_rope": _qk_norm_rope,
     "scheduler_step": _scheduler_step,
+    "swiglu": _swiglu,
 }
 
 

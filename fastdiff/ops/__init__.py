@@ -9,7 +9,9 @@ from fastdiff.ops.gate_residual_adaln import gate_residual_adaln
 from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gelu_tanh import gelu_tanh
 from fastdiff.ops.group_norm_silu import group_norm_silu
+from fastdiff.ops.qk_norm_rope import qk_norm_rope
 from fastdiff.ops.scheduler_step import scheduler_step
+from fastdiff.ops.swiglu import swiglu
 
 __all__ = [
     "adaln_modulate",
@@ -20,7 +22,9 @@ __all__ = [
     "geglu",
     "gelu_tanh",
     "group_norm_silu",
+    "qk_norm_rope",
     "scheduler_step",
+    "swiglu",
 ]
 
 _cpu.register_kernels()
