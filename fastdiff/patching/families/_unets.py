@@ -75,13 +75,14 @@ def timesteps(model: Any) -> Tensor:
     return torch.tensor([500, 500], device=next(model.parameters()).device)
 
 
-def text(model: Any) -> Tensor:
-    """Hidden states (2, 77, D) of a text encoder."""
-    config = model.config
-    width = getattr(config, "encoder_hid_dim", None) or config.cross_attention_dim
-    while not isinstance(width, int):
+def text(model: Any, batch: int = 2) -> Tensor | None:
+    """Hidden states (batch, 77, D) of a text encoder; ``None`` where every level wants another width (AudioLDM)."""
+    width = getattr(model.config, "encoder_hid_dim", None) or model.config.cross_attention_dim
+    if not isinstance(width, int):
+        if len(set(width)) > 1:
+            return None
         width = width[0]
-    return torch.randn(2, 77, width, **like(model))
+    return torch.randn(batch, 77, width, **like(model))
 
 
 def class_labels(model: Any) -> dict[str, Tensor]:

@@ -12,15 +12,17 @@ from fastdiff.patching.families import _unets as unets
 
 _VAES = "diffusers.models.autoencoders"
 _MASK_DECODER = f"{_VAES}.vae:MaskConditionDecoder"
+#: What ``block_out_channels`` is called in the configurations.
+_PREFIXES = ("", "down_", "encoder_")
 _TEMPORAL_DECODER = f"{_VAES}.autoencoder_kl_temporal_decoder:TemporalDecoder"
 
 
 def picture(model: Any) -> dict[str, Any]:
     """Encode and decode one small picture."""
     config = model.config
-    channels = getattr(config, "block_out_channels", None) or config.encoder_block_out_channels
+    channels = next(config[f"{name}block_out_channels"] for name in _PREFIXES if f"{name}block_out_channels" in config)
     size = 2 ** (len(channels) + 2)
-    return {"sample": torch.randn(1, config.in_channels, size, size, **unets.like(model))}
+    return {"sample": torch.randn(1, config.get("in_channels", 3), size, size, **unets.like(model))}
 
 
 def clip(model: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ _XS = "diffusers.models.controlnets.controlnet_xs:UNetControlNetXSModel"
 
 
 def _denoiser(model: Any, size: int) -> dict[str, Any]:
-    channels = getattr(model, "in_channels", None) or model.config.in_channels
+    channels = model.config.get("in_channels", 4)
     return {
         "sample": torch.randn(2, channels, size, size, **unets.like(model)),
         "timestep": unets.timesteps(model),
@@ -73,7 +73,7 @@ def union(model: Any) -> dict[str, Any]:
 def sparse(model: Any) -> dict[str, Any]:
     """A forward on 2 clips of 3 frames, of which the first is given."""
     size = unets.size_for(model)
-    inputs = _denoiser(model, size)
+    inputs = _denoiser(model, size) | {"encoder_hidden_states": unets.text(model, batch=6)}
     inputs["sample"] = torch.randn(2, model.config.in_channels, 3, size, size, **unets.like(model))
     channels = model.config.conditioning_channels
     factor = 1 if model.use_simplified_condition_embedding else 8

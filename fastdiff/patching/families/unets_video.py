@@ -16,6 +16,11 @@ _I2VGEN = "diffusers.models.unets.unet_i2vgen_xl:I2VGenXLUNet"
 _SPATIO_TEMPORAL = "diffusers.models.unets.unet_spatio_temporal_condition:UNetSpatioTemporalConditionModel"
 
 
+def animatediff(model: Any) -> dict[str, Any]:
+    """A forward on 2 clips of 3 frames, each frame with its own text."""
+    return text_to_video(model) | {"encoder_hidden_states": unets.text(model, batch=6)}
+
+
 def text_to_video(model: Any) -> dict[str, Any]:
     """A forward on 2 clips of 3 frames."""
     size = unets.size_for(model)
@@ -55,7 +60,7 @@ def image_to_video(model: Any) -> dict[str, Any]:
 FAMILIES = tuple(
     Family(cls, (*unets.BLOCKS, norm_out(cls)), example, unets.SWITCHES)
     for cls, example in (
-        (_MOTION, text_to_video),
+        (_MOTION, animatediff),
         (_3D, text_to_video),
         (_I2VGEN, i2vgen),
         (_SPATIO_TEMPORAL, image_to_video),
