@@ -15,7 +15,7 @@ from torch import nn
 from fastdiff._launches import count_launches
 from fastdiff.patching import Patch, components_of, patches_of
 from fastdiff.patching._site import Site
-from fastdiff.patching.families import family_of
+from fastdiff.patching.families import example_of
 
 #: Instead of a backend's name, for sites that did not run yet and for places left as they were.
 NOT_RUN, STOCK = "not run yet", "stock"
@@ -214,9 +214,7 @@ def _join(prefix: str, path: str) -> str:
 
 def _launches(name: str, patch: Patch, inputs: Mapping[str, Any] | None) -> Launches:
     model = patch.root
-    family = family_of(model)
-    assert family is not None
-    arguments = dict(inputs) if inputs is not None else family.example(model)
+    arguments = dict(inputs) if inputs is not None else example_of(model)
     after = count_launches(lambda: model(**arguments))
     with patch.suspended():
         before = count_launches(lambda: model(**arguments))

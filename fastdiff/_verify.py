@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastdiff.patching import components_of, patched, patches_of
 from fastdiff.patching._patch import PATCH, Patch
 from fastdiff.patching._site import SITE, Site, site_of
-from fastdiff.patching.families import Family, family_of
+from fastdiff.patching.families import Family, example_of, family_of
 
 #: How far from fp64 a site or a model may be, as a multiple of eager's distance.
 FACTOR_HALF, FACTOR_FP32 = 1.05, 2.0
@@ -422,7 +422,8 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _run_examples(models: list[Any]) -> None:
     for model in models:
-        model(**_family(model).example(model))
+        if len(models) == 1 or _family(model).example is not None:
+            model(**example_of(model))
 
 
 def _run_pipeline(pipe: Any, call: dict[str, Any], seed: int) -> None:

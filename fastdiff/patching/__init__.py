@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -10,10 +11,10 @@ from typing import Any, TypeVar
 from torch import nn
 
 from fastdiff.backends import BACKENDS
-from fastdiff.patching._fingerprint import resolve, why_not_source, why_not_version
+from fastdiff.patching._fingerprint import base, resolve, why_not_source, why_not_version
 from fastdiff.patching._patch import PATCH, Claim, Options, Patch, patch_of
 from fastdiff.patching.blocks import Block
-from fastdiff.patching.families import Family, families, family_of
+from fastdiff.patching.families import Family, family_of
 
 T = TypeVar("T")
 #: Name, in the ``__dict__`` of a patched pipeline, of its :class:`Claim` on its components' patches.
@@ -36,7 +37,7 @@ def patch(
     A component that several pipelines share stays patched until the last of them is unpatched.
 
     Args:
-        x: a Diffusers pipeline, a model of a known family, or a scheduler.
+        x: a Diffusers pipeline, model or scheduler.
         only: patterns (:mod:`fnmatch`) of site paths, as the report shows them; all other sites stay stock.
         skip: patterns of site paths that stay stock.
         backend: the only backend that may serve the sites (one of ``fastdiff.backends.BACKENDS``); what it does
@@ -204,35 +205,43 @@ def _patch_one(
 
 
 def _patch_model(patch: Patch, family: Family) -> None:
-    """Install the family's blocks wherever their classes occur."""
-    blocks = [(resolve(block.cls), block) for block in family.blocks]
+    """Install the family's blocks wherever their classes occur; of several for a module, the first that takes it."""
     version = why_not_version()
-    done: set[Any] = set()  # modules with a row of their own or of the block they belong to
+    covered: set[Any] = set()  # modules whose work the block that they belong to does
+    known: set[Any] = set()  # modules with a row of their own, or of the block they belong to
     for path, module in patch.root.named_modules():
-        for cls, block in blocks:
-            if not isinstance(module, cls):
+        refused: list[tuple[str, Any, str, str]] = []
+        for block in family.blocks:
+            cls = base(type(module), block.cls)
+            if cls is None or module in covered or not block.applies(module):
                 continue
             owner = block.owner(module)
             owner_path = next(p for p, m in patch.root.named_modules() if m is owner) if owner is not module else path
-            done.update([owner, *(getattr(module, name) for name in block.covers)])
-            if version is not None:
-                reason: str | None = version
-            else:
-                reason = _why_changed(module, cls, block) or block.refuse(module)
+            inside = [functools.reduce(getattr, name.split("."), module) for name in block.covers]
+            known.update([owner, *inside])
+            reason = version or _why_changed(module, cls, block) or block.refuse(module)
             if reason is not None:
-                patch.leave(owner_path, owner, block.describe(module), reason)
-            else:
-                patch.install(
-                    owner_path, owner, block.describe(module), *block.methods(module),
-                    state=block.state(module), reference=block.reference,
-                )  # fmt: skip
+                refused.append((owner_path, owner, block.describe(module), reason))
+                continue
+            covered.update(inside)
+            patch.install(
+                owner_path, owner, block.describe(module), *block.methods(module),
+                state=block.state(module), reference=block.reference,
+            )  # fmt: skip
+            break
+        else:
+            for left in refused[:1]:
+                patch.leave(*left)
     for path, module in patch.root.named_modules():
-        if isinstance(module, nn.GroupNorm) and module not in done:
+        if isinstance(module, nn.GroupNorm) and module not in known:
             patch.leave(path, module, "GroupNorm", "nothing is known to replace the code around it")
+    written_for = resolve(family.model).forward
+    stock = written_for is nn.Module.forward or type(patch.root).forward is written_for
     for switch in family.switches:
-        stock = type(patch.root).forward is resolve(family.model).forward
         if version is None and stock and why_not_source(switch.sources) is None:
             switch.apply(patch, patch.root)
+    if not (patch.sites or patch.left):
+        patch.leave("", patch.root, "", "no block that fastdiff knows")
 
 
 def _why_changed(module: nn.Module, cls: type, block: Block) -> str | None:
@@ -260,8 +269,7 @@ def components_of(x: Any) -> dict[str, Any] | None:
         return {name: c for name, c in x.components.items() if c is not None}
     if _is_patchable(x):
         return None
-    known = ", ".join(family.model.rpartition(":")[2] for family in families())
-    raise TypeError(f"expected a Diffusers pipeline, a scheduler or one of {known}, got {type(x).__name__}")
+    raise TypeError(f"expected a Diffusers pipeline, model or scheduler, got {type(x).__name__}")
 
 
 def _is_patchable(x: Any) -> bool:

@@ -66,3 +66,9 @@ def resolve(name: str) -> Any:
     for part in qualname.split("."):
         value = getattr(value, part)
     return value
+
+
+@functools.cache
+def base(kind: type, name: str) -> type | None:
+    """The class named ``module:qualname`` among ``kind`` and its bases; nothing is imported to look for it."""
+    return next((c for c in kind.__mro__ if f"{c.__module__}:{c.__qualname__}" == name), None)

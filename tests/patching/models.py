@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ def sd15_unet(**changes: Any) -> UNet2DConditionModel:
         "attention_head_dim": 3,
         "norm_num_groups": 8,
     }
-    return _randomized(UNet2DConditionModel(**(config | changes)))
+    return randomized(UNet2DConditionModel(**(config | changes)))
 
 
 def sdxl_unet() -> UNet2DConditionModel:
@@ -51,7 +51,7 @@ def sdxl_unet() -> UNet2DConditionModel:
 
 def ddpm_unet() -> UNet2DModel:
     """Like google/ddpm-cifar10: spatial attention with a GroupNorm inside."""
-    return _randomized(
+    return randomized(
         UNet2DModel(
             sample_size=8,
             block_out_channels=(32, 64),
@@ -66,7 +66,7 @@ def ddpm_unet() -> UNet2DModel:
 
 def improved_ddpm_unet() -> UNet2DModel:
     """Like the models of improved DDPM: scale and shift after norm2, ResNet blocks that resample."""
-    return _randomized(
+    return randomized(
         UNet2DModel(
             sample_size=8,
             block_out_channels=(32, 64),
@@ -83,7 +83,7 @@ def improved_ddpm_unet() -> UNet2DModel:
 
 def vae() -> AutoencoderKL:
     """Like the VAE of SD: one wide head in the middle, time-free ResNet blocks."""
-    return _randomized(
+    return randomized(
         AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
@@ -98,14 +98,14 @@ def vae() -> AutoencoderKL:
 
 def dit() -> DiTTransformer2DModel:
     """Like DiT-XL/2: adaLN-Zero with gates that are not zero, tanh GELU, heads of 24."""
-    return _randomized(
+    return randomized(
         DiTTransformer2DModel(
             num_attention_heads=2, attention_head_dim=24, num_layers=3, sample_size=8, num_embeds_ada_norm=10
         )
     )
 
 
-def _randomized(model: nn.Module) -> Any:
+def randomized(model: nn.Module) -> Any:
     """Weights such that every norm, bias and gate matters."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def _randomized(model: nn.Module) -> Any:
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 parameter.copy_((1.0 if name.endswith("weight") else 0.0) + 0.3 * noise)
-            else:
+            elif parameter.numel():
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)
     return model.eval().requires_grad_(False)
 
@@ -125,6 +125,7 @@ class Case:
     Attributes:
         sites: class name -> how many sites of it there must be.
         saved: least share of the launches that patching must remove.
+        left: path of a place that is left alone -> reason.
     """
 
     name: str
@@ -132,12 +133,18 @@ class Case:
     inputs: Callable[[torch.Generator, torch.dtype], dict[str, Any]]
     sites: dict[str, int]
     saved: float
+    left: Mapping[str, str] = field(default_factory=dict)
+
+
+def flat(found: Any) -> Tensor:
+    """The first tensor of what a forward returns; of a ControlNet all of them, flattened."""
+    return found[0] if isinstance(found[0], Tensor) else torch.cat([t.flatten() for t in (*found[0], *found[1:])])
 
 
 def output(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """The output tensor of a forward."""
     with torch.no_grad():
-        return model(**inputs, return_dict=False)[0]
+        return flat(model(**inputs, return_dict=False))
 
 
 def _noise(channels: int, size: int) -> Callable[[torch.Generator, torch.dtype], dict[str, Any]]:

@@ -14,7 +14,7 @@ from models import CASES, Case, dit, improved_ddpm_unet, output, sd15_unet
 from torch import nn
 
 import fastdiff
-from fastdiff.patching.blocks.resnet import silu_once
+from fastdiff.patching.blocks import activated_once
 
 SD, IMPROVED, DIT = CASES[0], CASES[3], CASES[5]
 
@@ -134,24 +134,24 @@ def test_hooks_for_all_modules_see_every_call() -> None:
 
 
 def test_silu_of_the_time_embedding_is_computed_once() -> None:
-    temb = torch.randn(2, 16)
+    temb, silu = torch.randn(2, 16), nn.SiLU()
     with torch.no_grad():
-        first = silu_once(temb)
+        first = activated_once(silu, temb)
         assert torch.equal(first, nn.functional.silu(temb))
-        assert silu_once(temb) is first
+        assert activated_once(silu, temb) is first
         temb.add_(1)
-        assert torch.equal(silu_once(temb), nn.functional.silu(temb))
-        kept = weakref.ref(silu_once(temb))
+        assert torch.equal(activated_once(silu, temb), nn.functional.silu(temb))
+        kept = weakref.ref(activated_once(silu, temb))
     temb.requires_grad_(True)
-    assert silu_once(temb).requires_grad
+    assert activated_once(silu, temb).requires_grad
     del temb, first
     gc.collect()
     assert kept() is None
     with torch.inference_mode():
         untracked = torch.randn(2, 16)
-        silu_once(untracked)
+        activated_once(silu, untracked)
         untracked.add_(1)
-        assert torch.equal(silu_once(untracked), nn.functional.silu(untracked))
+        assert torch.equal(activated_once(silu, untracked), nn.functional.silu(untracked))
 
 
 @pytest.mark.parametrize(("samples", "embeddings"), [(3, 1), (1, 3)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,8 @@ class Block:
         owner: module -> the object the site is reported under; the module itself by default.
         state: module -> :attr:`fastdiff.patching._site.Site.state`.
         reference: see :attr:`fastdiff.patching._site.Site.reference`.
-        covers: names of submodules whose work the replacement does, so that they are not sites of their own.
+        covers: paths of submodules whose work the replacement does, so that they are not sites of their own.
+        applies: module -> whether the row is about it at all; one that is not leaves no trace in the report.
     """
 
     cls: str
@@ -39,6 +40,7 @@ class Block:
     state: Callable[[Any], Any] = lambda module: None
     reference: Callable[..., Any] | None = None
     covers: tuple[str, ...] = ()
+    applies: Callable[[Any], bool] = lambda module: True
 
     def describe(self, module: Any) -> str:
         """``what`` for one module."""
@@ -101,3 +103,27 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 def drop(dropout: nn.Module, x: Tensor) -> Tensor:
     """``dropout(x)``, not called where that would do nothing."""
     return x if not dropout.training and is_plain(dropout, nn.Dropout) else dropout(x)
+
+
+def once(x: Tensor, key: Hashable, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """``compute(x)``, done once for all blocks of a forward that are handed the same tensor.
+
+    It is kept on ``x`` itself, as long as that lives and is not written to.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.is_inference():
+        return compute(x)
+    # A CUDA graph must not refer to what was computed before its capture.
+    capturing = x.is_cuda and torch.cuda.is_current_stream_capturing()
+    kept: dict[Hashable, tuple[int, bool, Tensor]] = x.__dict__.setdefault("_fastdiff_once", {})
+    known = kept.get(key)
+    if known is None or known[0] != x._version or known[1] is not capturing:
+        known = kept[key] = (x._version, capturing, compute(x))
+    return known[2]
+
+
+def activated_once(activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(x)`` of a time embedding that all blocks activate, see :func:`once`."""
+    kind = type(activation)
+    if kind not in (nn.SiLU, nn.GELU) or not is_plain(activation, kind):
+        return activation(x)
+    return once(x, (kind, getattr(activation, "approximate", None)), activation)

@@ -1,7 +1,8 @@
-"""The legacy ``Attention`` class with its default processor: SD 1, 2 and XL, DiT, DDPM and the VAEs.
+"""The legacy ``Attention`` class with its default processors: the U-Nets, DiT and the VAEs.
 
-Its forward is replaced, and computes the default processor's result as long as the default processor is set. The
-processor itself stays what it is: whatever sets, lists, counts or looks up processors sees stock ones, another
+There are two: one for U-Nets in general, and one with added keys and values of the text (DeepFloyd IF, Kandinsky 2,
+unCLIP). The forward is replaced, and computes the default processor's result as long as that is set. The processor
+itself stays what it is: whatever sets, lists, counts or looks up processors sees stock ones, another
 processor (IP-Adapter, slicing, PAG, fused projections) simply runs, and the forward's ``inspect.signature`` at
 every call (about 30 us) is gone.
 """
@@ -10,10 +11,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from diffusers.models.attention_processor import AttnProcessor2_0
+import torch
+from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from torch import Tensor, nn
 
 from fastdiff.ops import attention, group_norm_silu
+from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, drop, forward, why_stock
 
 
@@ -32,22 +35,21 @@ def legacy_attention(
         reason = _why_not(self)
     if cross_attention_kwargs and cross_attention_kwargs.keys() != {"temb"}:
         reason = f"called with {', '.join(cross_attention_kwargs)}"
-    elif norm is not None and hidden_states.dim() != 4:
-        reason = "its GroupNorm takes tokens"
     if reason is not None:
         return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
 
-    residual = tokens = hidden_states
+    residual = hidden_states
+    if self.spatial_norm is not None:
+        hidden_states = self.spatial_norm(hidden_states, cross_attention_kwargs.get("temb"))
     spatial = hidden_states.shape if hidden_states.dim() == 4 else None
     if norm is not None:
-        tokens = site.serve(
-            "norm", group_norm_silu, hidden_states, norm.num_groups, norm.weight, norm.bias, norm.eps,
-            silu=False, tokens=True,
-        )  # fmt: skip
+        tokens = _normed(site, "norm", norm, hidden_states if spatial is not None else hidden_states.mT)
     elif spatial is not None:
-        tokens = hidden_states.flatten(2).transpose(1, 2)
+        tokens = hidden_states.flatten(2).mT
+    else:
+        tokens = hidden_states
 
-    context = tokens if encoder_hidden_states is None else encoder_hidden_states
+    context = tokens if encoder_hidden_states is None else _context(self, encoder_hidden_states)
     query, key, value = self.to_q(tokens), self.to_k(context), self.to_v(context)
     batch, length, width = key.shape
     heads = self.heads
@@ -73,6 +75,62 @@ def legacy_attention(
     return h if self.rescale_output_factor == 1 else h / self.rescale_output_factor
 
 
+def added_kv_attention(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    **cross_attention_kwargs: Any,
+) -> Tensor:
+    """Replaces ``Attention.forward`` where text has keys and values of its own, before those of the image."""
+    site = self._fastdiff_site
+    norm = self.group_norm
+    reason = why_stock(hidden_states, norm) or _why_not_added(self)
+    if cross_attention_kwargs:
+        reason = f"called with {', '.join(cross_attention_kwargs)}"
+    elif encoder_hidden_states is None:
+        reason = "called without encoder_hidden_states"
+    if reason is not None:
+        return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+
+    tokens, context = _normed(site, "norm", norm, hidden_states), _context(self, encoder_hidden_states)
+    batch, length, _ = tokens.shape
+    query, key, value = self.to_q(tokens), self.add_k_proj(context), self.add_v_proj(context)
+    if not self.only_cross_attention:
+        key = torch.cat([key, self.to_k(tokens)], dim=1)
+        value = torch.cat([value, self.to_v(tokens)], dim=1)
+    if attention_mask is not None:  # the stock code repeats it per head
+        attention_mask = self.prepare_attention_mask(attention_mask, length, batch, out_dim=4)[:, :1]
+    h, _ = site.serve(
+        "attention",
+        attention,
+        query.unflatten(2, (self.heads, -1)),
+        key.unflatten(2, (self.heads, -1)),
+        value.unflatten(2, (self.heads, -1)),
+        attention_mask,
+    )
+    out, dropout = self.to_out
+    h = drop(dropout, out(h.flatten(2)))
+    return h.mT.reshape(hidden_states.shape) + hidden_states
+
+
+def _context(attn: Any, tokens: Tensor) -> Tensor:
+    """What keys and values are made of."""
+    norm = attn.norm_cross
+    if norm is None:
+        return tokens
+    if why_stock(tokens, norm) is not None:  # a LayerNorm, in the first place
+        return attn.norm_encoder_hidden_states(tokens)
+    return _normed(attn._fastdiff_site, "norm_cross", norm, tokens.mT)
+
+
+def _normed(site: Site, slot: str, norm: Any, x: Tensor) -> Tensor:
+    """The norm of x (B, C, *spatial) as (B, S, C)."""
+    return site.serve(
+        slot, group_norm_silu, x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=False, tokens=True
+    )
+
+
 def _mask_by_head(attn: Any, mask: Tensor, length: int, batch: int) -> Tensor:
     """The mask as (B, H or 1, Sq or 1, Sk)."""
     if mask.dim() == 3 and mask.shape[0] == batch and mask.shape[2] == length:
@@ -88,12 +146,17 @@ def _why_not(module: Any) -> str | None:
     return _why_never(module)
 
 
+def _why_not_added(module: Any) -> str | None:
+    """As :func:`_why_not`, for :func:`added_kv_attention`."""
+    if type(module.processor) is not AttnAddedKVProcessor2_0:
+        return f"its processor is {type(module.processor).__name__}"
+    return "it has a SpatialNorm" if module.spatial_norm is not None else _why_never(module)
+
+
 def _why_never(module: Any) -> str | None:
     """What of that is not expected to change: processors come and go."""
-    if module.spatial_norm is not None:
-        return "it has a SpatialNorm"
-    if module.norm_cross or module.norm_q is not None or module.norm_k is not None:
-        return "it normalizes queries, keys or the context"
+    if module.norm_q is not None or module.norm_k is not None:
+        return "it normalizes queries or keys"
     if len(module.to_out) != 2:
         return f"it has {len(module.to_out)} output layers"
     return None
@@ -110,15 +173,43 @@ def _refuse(module: Any) -> str | None:
     return None
 
 
+def _refuse_added(module: Any) -> str | None:
+    reason = _why_not_added(module)
+    if reason is not None:
+        return reason
+    return None if type(module.group_norm) is nn.GroupNorm else f"its norm is a {type(module.group_norm).__name__}"
+
+
+def _has_added(module: Any) -> bool:
+    return type(module.processor) is AttnAddedKVProcessor2_0
+
+
 ATTENTION = Block(
     cls="diffusers.models.attention_processor:Attention",
     what="attention on strided heads",
     sources=(
         "forward",
         "prepare_attention_mask",
+        "norm_encoder_hidden_states",
         "diffusers.models.attention_processor:AttnProcessor2_0.__call__",
     ),
     methods=forward(legacy_attention),
     refuse=_refuse,
-    covers=("group_norm",),
+    covers=("group_norm", "norm_cross"),
+    applies=lambda module: not _has_added(module),
+)
+
+ADDED_KV_ATTENTION = Block(
+    cls="diffusers.models.attention_processor:Attention",
+    what="GroupNorm to tokens; attention on strided heads, with added keys and values",
+    sources=(
+        "forward",
+        "prepare_attention_mask",
+        "norm_encoder_hidden_states",
+        "diffusers.models.attention_processor:AttnAddedKVProcessor2_0.__call__",
+    ),
+    methods=forward(added_kv_attention),
+    refuse=_refuse_added,
+    covers=("group_norm", "norm_cross"),
+    applies=_has_added,
 )

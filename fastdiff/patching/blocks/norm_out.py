@@ -1,4 +1,4 @@
-"""The exit of U-Nets and VAEs: ``conv_norm_out`` and ``conv_act``, called one after the other by their parent.
+"""The exit of U-Nets and VAEs: a norm and an activation, called one after the other by their parent.
 
 The parent's forward stays. The norm computes the SiLU too, unless the parent has another activation by now, either
 has hooks, or autocast is on. The activation passes through what the norm marked as activated, and nothing else.
@@ -49,14 +49,14 @@ _ACTIVATED = "_fastdiff_activated"
 
 
 def _why_separate(site: Site) -> str | None:
-    """Why the norm cannot do the work of the activation that its parent, the site's state, calls next."""
+    """Why the norm cannot do the work of the activation that its parent calls next."""
     if torch._C._is_any_autocast_enabled():
         return "autocast is on"
     if _has_any_global_hook():
         return "hooks for all modules are set"
     norm, activation = (replacement.owner for replacement in site.replacements)
-    parent = site.state
-    if parent.conv_norm_out is not norm or parent.conv_act is not activation:
+    parent, norm_name, activation_name = site.state
+    if getattr(parent, norm_name) is not norm or getattr(parent, activation_name) is not activation:
         return "the norm or the activation was replaced since it was patched"
     for module, replacement in zip((norm, activation), site.replacements, strict=True):
         function = getattr(module.__dict__["forward"], "func", None)
@@ -65,29 +65,32 @@ def _why_separate(site: Site) -> str | None:
     return None
 
 
-def _refuse(module: Any) -> str | None:
-    if type(module.conv_norm_out) is not nn.GroupNorm:
-        return f"conv_norm_out is a {type(module.conv_norm_out).__name__}"
-    if type(module.conv_act) is not nn.SiLU:
-        return f"conv_act is a {type(module.conv_act).__name__}"
-    if sum(m is module.conv_act for _, m in module.named_modules(remove_duplicate=False)) > 1:
-        return "conv_act is used elsewhere too"
-    return None
+def norm_out(cls: str, norm: str = "conv_norm_out", activation: str = "conv_act") -> Block:
+    """The exit of the class named ``module:name``; ``norm`` and ``activation`` are the attributes' names."""
 
+    def refuse(module: Any) -> str | None:
+        act = getattr(module, activation)
+        if type(getattr(module, norm)) is not nn.GroupNorm:
+            return f"{norm} is a {type(getattr(module, norm)).__name__}"
+        if type(act) is not nn.SiLU:
+            return f"{activation} is a {type(act).__name__}"
+        if sum(m is act for _, m in module.named_modules(remove_duplicate=False)) > 1:
+            return f"{activation} is used elsewhere too"
+        return None
 
-def norm_out(cls: str) -> Block:
-    """The exit of the class named ``module:name``."""
     return Block(
         cls=cls,
         what="GroupNorm + SiLU",
         sources=("forward",),
         methods=lambda module: [
-            (module.conv_norm_out, "forward", norm_with_activation),
-            (module.conv_act, "forward", activation_done),
+            (getattr(module, norm), "forward", norm_with_activation),
+            (getattr(module, activation), "forward", activation_done),
         ],
-        refuse=_refuse,
-        owner=lambda module: module.conv_norm_out,
-        state=lambda module: module,
+        refuse=refuse,
+        owner=lambda module: getattr(module, norm),
+        state=lambda module: (module, norm, activation),
         reference=stock_pair,
-        covers=("conv_norm_out",),
+        covers=(norm,),
+        # A SpatialNorm has a row of its own.
+        applies=lambda module: getattr(module, norm, None) is not None and not hasattr(getattr(module, norm), "norm_layer"),
     )

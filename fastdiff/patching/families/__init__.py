@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from fastdiff.patching._fingerprint import resolve
+from fastdiff.patching._fingerprint import base
 from fastdiff.patching._patch import Patch
 from fastdiff.patching.blocks import Block
 
@@ -33,35 +34,70 @@ class Family:
     Attributes:
         model: ``module:name`` of the class.
         blocks: what is replaced in it.
-        example: model -> keyword arguments of a small synthetic forward.
+        example: model -> keyword arguments of a small synthetic forward; ``None`` where nothing is known of it.
         switches: savings outside of the blocks.
         forwards: paths of the modules that a pipeline calls; empty for the model itself.
     """
 
     model: str
     blocks: tuple[Block, ...]
-    example: Callable[[Any], dict[str, Any]]
+    example: Callable[[Any], dict[str, Any]] | None = None
     switches: tuple[Switch, ...] = ()
     forwards: tuple[str, ...] = ("",)
 
 
 def families() -> tuple[Family, ...]:
-    """All families, imported here so that a family file can use this module."""
-    from fastdiff.patching.families import autoencoder_kl, dit, unet_2d, unet_2d_condition
+    """All families of one model class each, imported here so that a family file can use this module."""
+    from fastdiff.patching.families import (
+        autoencoders,
+        controlnets,
+        dit,
+        unet_2d,
+        unet_2d_condition,
+        unets_other,
+        unets_video,
+    )
 
     return (
         unet_2d_condition.UNET_2D_CONDITION,
         unet_2d.UNET_2D,
-        autoencoder_kl.AUTOENCODER_KL,
+        *unets_video.FAMILIES,
+        *unets_other.FAMILIES,
+        *controlnets.FAMILIES,
+        *autoencoders.FAMILIES,
         dit.DIT,
     )  # fmt: skip
 
 
+@functools.cache
+def any_model() -> Family:
+    """Every other Diffusers model: whatever known blocks it is made of are replaced, the rest is left alone.
+
+    A block's replacement relies on the classes and functions in its row, which the guard checks, and on nothing in
+    the model around it. So a model without a family is patched as safely; only nothing is known of its inputs.
+    """
+    blocks = dict.fromkeys(block for family in families() for block in family.blocks)
+    switches = dict.fromkeys(switch for family in families() for switch in family.switches)
+    return Family("diffusers.models.modeling_utils:ModelMixin", tuple(blocks), switches=tuple(switches))
+
+
 def family_of(model: Any) -> Family | None:
-    """The family of a model, or ``None``."""
+    """The family of a model; ``None`` if it is not a Diffusers model."""
     if not isinstance(model, nn.Module):
         return None
-    return next((f for f in families() if isinstance(model, resolve(f.model))), None)
+    return next((f for f in (*families(), any_model()) if base(type(model), f.model)), None)
+
+
+def example_of(model: Any) -> dict[str, Any]:
+    """Keyword arguments of a small synthetic forward.
+
+    Raises:
+        ValueError: if nothing is known of the model's inputs, or not enough.
+    """
+    family = family_of(model)
+    if family is None or family.example is None:
+        raise ValueError(f"no synthetic inputs for {type(model).__name__}: pass the arguments of a forward")
+    return family.example(model)
 
 
 def all_sources() -> set[str]:

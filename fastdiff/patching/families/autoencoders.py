@@ -1,0 +1,61 @@
+"""VAEs of pictures, and Stable Video Diffusion's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fastdiff.patching.blocks.norm_out import norm_out
+from fastdiff.patching.families import Family
+from fastdiff.patching.families import _unets as unets
+
+_VAES = "diffusers.models.autoencoders"
+_MASK_DECODER = f"{_VAES}.vae:MaskConditionDecoder"
+#: What ``block_out_channels`` is called in the configurations.
+_PREFIXES = ("", "down_", "encoder_")
+_TEMPORAL_DECODER = f"{_VAES}.autoencoder_kl_temporal_decoder:TemporalDecoder"
+
+
+def picture(model: Any) -> dict[str, Any]:
+    """Encode and decode one small picture."""
+    config = model.config
+    channels = next(config[f"{name}block_out_channels"] for name in _PREFIXES if f"{name}block_out_channels" in config)
+    size = 2 ** (len(channels) + 2)
+    return {"sample": torch.randn(1, config.get("in_channels", 3), size, size, **unets.like(model))}
+
+
+def clip(model: Any) -> dict[str, Any]:
+    """Encode 3 frames, and decode them together."""
+    inputs = picture(model)
+    return {"sample": inputs["sample"].repeat(3, 1, 1, 1), "num_frames": 3}
+
+
+def masked(model: Any) -> dict[str, Any]:
+    """Encode and decode one small picture, of which a part is kept."""
+    inputs = picture(model)
+    mask = torch.zeros_like(inputs["sample"][:, :1])
+    mask[..., : mask.shape[-1] // 2] = 1
+    return inputs | {"mask": mask}
+
+
+_PARTS = ("encoder", "decoder")
+FAMILIES = (
+    Family(f"{_VAES}.autoencoder_kl:AutoencoderKL", unets.BLOCKS, picture, unets.SWITCHES, _PARTS),
+    Family(
+        f"{_VAES}.autoencoder_kl_temporal_decoder:AutoencoderKLTemporalDecoder",
+        (*unets.BLOCKS, norm_out(_TEMPORAL_DECODER)),
+        clip,
+        unets.SWITCHES,
+        _PARTS,
+    ),
+    Family(
+        f"{_VAES}.autoencoder_asym_kl:AsymmetricAutoencoderKL",
+        (*unets.BLOCKS, norm_out(_MASK_DECODER)),
+        masked,
+        unets.SWITCHES,
+        _PARTS,
+    ),
+    Family(f"{_VAES}.vq_model:VQModel", unets.BLOCKS, picture, unets.SWITCHES, _PARTS),
+    Family(f"{_VAES}.consistency_decoder_vae:ConsistencyDecoderVAE", unets.BLOCKS, picture, unets.SWITCHES, ("encoder", "decoder_unet")),
+)
