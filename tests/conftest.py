@@ -15,6 +15,9 @@ from fastdiff import _extension
 _inductor_cache = tempfile.TemporaryDirectory(prefix="fastdiff-inductor-")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache.name)
 
+#: Folders whose tests assert what the kernels serve.
+_ABOUT_KERNELS = ("demo", "patching")
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernel: needs the compiled CPU kernels")
@@ -26,7 +29,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if reason is None:
         return
     for item in items:
-        if item.get_closest_marker("kernel") or item.get_closest_marker("numerics"):
+        whole = item.path.parent.name in _ABOUT_KERNELS
+        if whole or item.get_closest_marker("kernel") or item.get_closest_marker("numerics"):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
