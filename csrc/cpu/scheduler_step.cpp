@@ -4,18 +4,68 @@
 // Latents are small, so the cost is the call; only video latents are worth a second thread.
 #include "scheduler_step.h"
 
-#include <cfloat>
-
 #include "parallel.h"
 #include "simd.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
+// A sum of terms in fp32, for results that are rounded to half precision.
+struct Single {
+  static constexpr int unroll = 4;
+  Vec sum{0.0f};
+  void add(double c, Vec x) { sum = fma(Vec(static_cast<float>(c)), x, sum); }
+  void add(double c, const Single& x) { add(c, x.sum); }
+  void clamp(double bound) {
+    const float limit = static_cast<float>(bound);
+    sum = min(Vec(limit), max(Vec(-limit), sum));
+  }
+  Vec value() const { return sum; }
+};
+
+// In fp64: terms of a step cancel, and an fp32 result would show what each addition lost.
+struct Double {
+  static constexpr int unroll = 2;
+#if defined(__AVX512F__)
+  __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+  static Double of(Vec x) {
+    return {_mm512_cvtps_pd(_mm512_castps512_ps256(x.v)),
+            _mm512_cvtps_pd(_mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1)))};
+  }
+  void add(double c, const Double& x) {
+    low = _mm512_fmadd_pd(_mm512_set1_pd(c), x.low, low);
+    high = _mm512_fmadd_pd(_mm512_set1_pd(c), x.high, high);
+  }
+  void clamp(double bound) {
+    low = _mm512_min_pd(_mm512_set1_pd(bound), _mm512_max_pd(_mm512_set1_pd(-bound), low));
+    high = _mm512_min_pd(_mm512_set1_pd(bound), _mm512_max_pd(_mm512_set1_pd(-bound), high));
+  }
+  Vec value() const {
+    const __m512d halves = _mm512_castps_pd(_mm512_castps256_ps512(_mm512_cvtpd_ps(low)));
+    return _mm512_castpd_ps(_mm512_insertf64x4(halves, _mm256_castps_pd(_mm512_cvtpd_ps(high)), 1));
+  }
+#else
+  __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+  static Double of(Vec x) {
+    return {_mm256_cvtps_pd(_mm256_castps256_ps128(x.v)), _mm256_cvtps_pd(_mm256_extractf128_ps(x.v, 1))};
+  }
+  void add(double c, const Double& x) {
+    low = _mm256_fmadd_pd(_mm256_set1_pd(c), x.low, low);
+    high = _mm256_fmadd_pd(_mm256_set1_pd(c), x.high, high);
+  }
+  void clamp(double bound) {
+    low = _mm256_min_pd(_mm256_set1_pd(bound), _mm256_max_pd(_mm256_set1_pd(-bound), low));
+    high = _mm256_min_pd(_mm256_set1_pd(bound), _mm256_max_pd(_mm256_set1_pd(-bound), high));
+  }
+  Vec value() const { return _mm256_set_m128(_mm256_cvtpd_ps(high), _mm256_cvtpd_ps(low)); }
+#endif
+  void add(double c, Vec x) { add(c, of(x)); }
+};
+
 // How elements are read and written: all tensors of one type, known when compiling, or each of its own.
 template <class T>
 struct Uniform {
-  static constexpr bool exact = sizeof(T) == sizeof(float);  // the coefficients' low parts show in the result
+  using Sum = std::conditional_t<sizeof(T) == sizeof(float), Double, Single>;
   template <class Lanes>
   static Vec read(const void* p, DType, int64_t i, Lanes lanes) {
     return load(static_cast<const T*>(p) + i, lanes);
@@ -26,7 +76,7 @@ struct Uniform {
   }
 };
 struct Mixed {
-  static constexpr bool exact = true;
+  using Sum = Double;
   template <class Lanes>
   static Vec read(const void* p, DType dtype, int64_t i, Lanes lanes) {
     Vec v(0.0f);
@@ -39,66 +89,40 @@ struct Mixed {
   }
 };
 
-using Coefficient = SchedulerStepArgs::Coefficient;
-
-// The factor of the low part: there an infinite v would give Inf - Inf, or 0 * Inf.
-inline Vec finite(Vec v) { return min(Vec(FLT_MAX), max(Vec(-FLT_MAX), v)); }
-
-// c * v + sum; the small part is added first.
-template <bool exact>
-inline Vec fma(Coefficient c, Vec v, Vec sum) {
-  if constexpr (exact) sum = fma(Vec(c.low), finite(v), sum);
-  return fma(Vec(c.high), v, sum);
-}
-
-// a * v + b * w
-template <bool exact>
-inline Vec combine(Coefficient a, Vec v, Coefficient b, Vec w) {
-  if constexpr (!exact) return fma(Vec(a.high), v, Vec(b.high) * w);
-  return fma(Vec(a.high), v, fma(Vec(b.high), w, fma(Vec(a.low), finite(v), Vec(b.low) * finite(w))));
-}
-
 // The elements of `count` registers from i on; with Lanes other than All, count is 1.
 template <class Access, bool keeps, int count, class Lanes>
 inline void step(const SchedulerStepArgs& args, int64_t i, Lanes lanes) {
-  Vec next[count], entry[count], kept[count];
-  for (int k = 0; k < count; ++k) {
-    const int64_t at = i + k * Vec::size;
-    const Vec sample = Access::read(args.sample.data, args.sample.dtype, at, lanes);
-    const Vec output = Access::read(args.model_output.data, args.model_output.dtype, at, lanes);
-    next[k] = combine<Access::exact>(args.sample.coefficient, sample, args.model_output.coefficient, output);
-    if constexpr (keeps)
-      kept[k] = combine<Access::exact>(args.sample.in_kept, sample, args.model_output.in_kept, output);
-    entry[k] = combine<Access::exact>(args.entry_sample, sample, args.entry_output, output);
-  }
-  if (args.entry) {
-    if (args.clip >= 0)
-      for (Vec& v : entry) v = min(Vec(args.clip), max(Vec(-args.clip), v));
-    for (int k = 0; k < count; ++k) {
-      next[k] = fma<Access::exact>(args.entry_coefficient, entry[k], next[k]);
-      if constexpr (keeps) kept[k] = fma<Access::exact>(args.entry_in_kept, entry[k], kept[k]);
-      Access::write(args.entry, args.entry_dtype, i + k * Vec::size, entry[k], lanes);
-    }
-  }
+  typename Access::Sum next[count], entry[count], kept[count];
   const auto add = [&](const SchedulerStepArgs::Operand& t) {
     for (int k = 0; k < count; ++k) {
       const Vec v = Access::read(t.data, t.dtype, i + k * Vec::size, lanes);
-      next[k] = fma<Access::exact>(t.coefficient, v, next[k]);
-      if constexpr (keeps) kept[k] = fma<Access::exact>(t.in_kept, v, kept[k]);
+      next[k].add(t.in_next, v);
+      if constexpr (keeps) kept[k].add(t.in_kept, v);
+      if (t.in_entry != 0) entry[k].add(t.in_entry, v);
     }
   };
+  add(args.sample);
+  add(args.model_output);
+  if (args.entry) {
+    for (int k = 0; k < count; ++k) {
+      if (args.clip >= 0) entry[k].clamp(args.clip);
+      next[k].add(args.entry_in_next, entry[k]);
+      if constexpr (keeps) kept[k].add(args.entry_in_kept, entry[k]);
+      Access::write(args.entry, args.entry_dtype, i + k * Vec::size, entry[k].value(), lanes);
+    }
+  }
   if (args.noise.data) add(args.noise);
   for (int h = 0; h < args.history_count; ++h) add(args.history[h]);
   for (int k = 0; k < count; ++k) {
-    Access::write(args.prev, args.prev_dtype, i + k * Vec::size, next[k], lanes);
-    if constexpr (keeps) Access::write(args.kept, args.kept_dtype, i + k * Vec::size, kept[k], lanes);
+    Access::write(args.prev, args.prev_dtype, i + k * Vec::size, next[k].value(), lanes);
+    if constexpr (keeps) Access::write(args.kept, args.kept_dtype, i + k * Vec::size, kept[k].value(), lanes);
   }
 }
 
 template <class Access, bool keeps>
 void run(const SchedulerStepArgs& shared) {
   constexpr int64_t kBlock = 1024;
-  constexpr int kUnroll = 4;
+  constexpr int kUnroll = Access::Sum::unroll;
   parallel_for(0, (shared.numel + kBlock - 1) / kBlock, 64, [&](int64_t begin, int64_t end) {
     const SchedulerStepArgs args = shared;  // a copy that the stores below cannot alias
     int64_t i = begin * kBlock;

@@ -85,10 +85,10 @@ std::tuple<Tensor, Tensor, Tensor> scheduler_step(
   if (!entry.empty()) {
     args.entry = new_entry.mutable_data_ptr();
     args.entry_dtype = dtype_of(new_entry, "entry_dtype");
-    args.entry_sample = entry[0];
-    args.entry_output = entry[1];
-    args.entry_coefficient = prev[2];
-    if (clip) args.clip = static_cast<float>(*clip);
+    args.sample.in_entry = entry[0];
+    args.model_output.in_entry = entry[1];
+    args.entry_in_next = prev[2];
+    if (clip) args.clip = *clip;
   }
   if (!kept.empty()) {
     args.kept = combination.mutable_data_ptr();

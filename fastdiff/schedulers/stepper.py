@@ -134,6 +134,20 @@ class _Configuration:
         timesteps = self.twin.timesteps
         self.timesteps: list[int | float] = [] if timesteps is None else timesteps.tolist()
         self.plans: dict[Call, Plan | str] = {}
+        self._starts: dict[int | float, int] = {}
+        self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+    def kept(self, number: Tensor, device: torch.device) -> Tensor:
+        """A number that the step keeps as a tensor: one object for each value, since plans are found by it."""
+        return self._numbers.setdefault((number.item(), number.dtype), number.to(device))
+
+    def start(self, timestep: int | float) -> int:
+        """The index of the first step, if that is at ``timestep``."""
+        if timestep not in self._starts:
+            self.twin._step_index = self.twin._begin_index = None
+            self.twin._init_step_index(timestep)
+            self._starts[timestep] = self.twin._step_index
+        return self._starts[timestep]
 
 
 class Stepper:
@@ -180,6 +194,7 @@ class Stepper:
         self._writes = 0
         self._fixed = itemgetter("_internal_dict")
         self._moved: tuple[Tensor, int, Tensor] | None = None
+        self._past_moments: list[tuple[Any, Moment | None]] = []
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The stock ``set_timesteps``; then reads the schedule from its device, so that no step has to."""
@@ -192,10 +207,7 @@ class Stepper:
         if scheduler._step_index is None and scheduler._begin_index is None:
             moment = self._moment(kwargs.get("timestep", args[1] if len(args) > 1 else None))
             if moment is not None:
-                twin = self._bound_configuration().twin
-                twin._step_index = twin._begin_index = None
-                twin._init_step_index(moment.value)
-                scheduler._step_index = twin._step_index
+                scheduler._step_index = self._bound_configuration().start(moment.value)
         return type(scheduler).scale_model_input(scheduler, *args, **kwargs)
 
     def with_tables(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -284,7 +296,7 @@ class Stepper:
         for scalar in scalars:
             if not isinstance(scalar, (int, float)):
                 return f"an argument of the step is a {type(scalar).__name__}, not a number"
-        past, times = self._past(), [arguments[name] for name in sampler.timesteps]
+        past, times = self._past(timestep, moment), [arguments[name] for name in sampler.timesteps]
         further = [None if t is None else self._moment(t) for t in times]
         if past is None or (None in further and any(t is not None and m is None for t, m in zip(times, further))):
             return "a timestep is not one number"
@@ -343,8 +355,8 @@ class Stepper:
             attributes = vars(self.scheduler)
             state = {n: v for (n, v), old in zip(plan.state, call.state, strict=True) if n in attributes or v is not old}
             for name, value in state.items():
-                if isinstance(value, Tensor):  # a number that the step takes from the sigmas, and keeps
-                    state[name] = value.to(attributes["sigmas"].device)
+                if isinstance(value, Tensor):
+                    state[name] = configuration.kept(value, attributes["sigmas"].device)
             history = tuple([(n, after) for n, after in plan.history if n in attributes or after != Constant(None)])
             plan = plan._replace(state=tuple(state.items()), history=history)
         configuration.plans[call] = plan
@@ -397,26 +409,28 @@ class Stepper:
             return Moment(timestep, None) if type(timestep) in (int, float) else None
         if timestep.dim() != int(per_sample) or any(timestep.stride()):
             return None
-        if timestep.device.type != "cpu":
-            schedule = self.scheduler.timesteps
-            if (timestep.device == schedule.device and timestep.dtype == schedule.dtype
-                    and schedule.is_contiguous()):
-                offset = timestep.data_ptr() - schedule.data_ptr()
-                if 0 <= offset < schedule.numel() * schedule.element_size():
-                    value = self._bound_configuration().timesteps[offset // schedule.element_size()]
-                    return Moment(value, timestep.dtype, timestep.dim())
+        schedule = self.scheduler.timesteps
+        if timestep.device == schedule.device and timestep.dtype == schedule.dtype and schedule.is_contiguous():
+            offset = timestep.data_ptr() - schedule.data_ptr()
+            if 0 <= offset < schedule.numel() * schedule.element_size():
+                value = self._bound_configuration().timesteps[offset // schedule.element_size()]
+                return Moment(value, timestep.dtype, timestep.dim())
         return Moment(timestep[(0,) * timestep.dim()].item(), timestep.dtype, timestep.dim())
 
-    def _past(self) -> tuple[Moment | None, ...] | None:
-        """The timesteps of earlier steps, with their values where these matter; ``None`` if one has none."""
+    def _past(self, timestep: Any, moment: Moment | None) -> tuple[Moment | None, ...] | None:
+        """The timesteps before ``timestep``, with their values where these matter; ``None`` if one has none."""
         if self.sampler.past is None:
             return ()
         timesteps = vars(self.scheduler)[self.sampler.past]
         if not self.sampler.by_timestep:
             return tuple([None if t is None else _SOME_MOMENT for t in timesteps])
-        moments = [None if t is None else self._moment(t) for t in timesteps]
-        known = all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True))
-        return tuple(moments) if known else None
+        # The list outlives its schedule, and then a tensor's value could only be read from the device.
+        known = {id(t): m for t, m in self._past_moments}
+        moments = [None if t is None else known.get(id(t)) or self._moment(t) for t in timesteps]
+        self._past_moments = [*zip(timesteps, moments, strict=True), (timestep, moment)]
+        if not all((t is None) is (m is None) for t, m in self._past_moments):
+            return None
+        return tuple(moments)
 
 
 _SOME_MOMENT = Moment(0, None)

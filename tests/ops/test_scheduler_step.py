@@ -1,4 +1,4 @@
-"""scheduler_step: the next sample and the new history entry in one pass."""
+"""scheduler_step: the next sample, the new history entry and one more combination in one pass."""
 
 from __future__ import annotations
 
@@ -38,13 +38,16 @@ def _call(
     noise: bool = True,
     entry: bool = True,
     clip: float | None = None,
+    kept: bool = True,
     shape: tuple[int, ...] = SHAPE,
 ) -> tuple[Any, ...]:
     """The op's arguments in their order."""
     generator = generator or torch.Generator().manual_seed(0)
-    sample, output, drawn, *kept = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3 + history))
+    sample, output, drawn, *past = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3 + history))
     coefficients = PREV + [0.3 / (i + 1) for i in range(history)]
-    return sample, output, kept, drawn if noise else None, coefficients, ENTRY if entry else [], clip
+    third = [0.7 - 0.4 * i for i in range(4 + history)] if kept else []
+    return (sample, output, past, drawn if noise else None, coefficients, ENTRY if entry else [], clip, None, None,
+            third)
 
 
 @pytest.mark.numerics
@@ -65,27 +68,39 @@ def test_numerics(dtype: torch.dtype, options: dict[str, Any]) -> None:
 
 
 @pytest.mark.numerics
-def test_numerics_without_entry() -> None:
-    def arguments(generator: torch.Generator) -> Arguments:
-        return (*_call(generator, history=2, entry=False)[:6], None, None, torch.bfloat16), {}
-
+def test_next_sample_alone() -> None:
     for seed in range(3):
-        args, _ = arguments(torch.Generator().manual_seed(seed))
-        following, entry = run_kernel(scheduler_step, *args)
-        assert entry.shape == (0,)
+        args = _call(torch.Generator().manual_seed(seed), history=2, entry=False, kept=False)
+        dtypes = {"entry_dtype": torch.bfloat16, "kept_dtype": torch.float16}
+        following, entry, third = run_kernel(scheduler_step, *args[:7], **dtypes)
+        assert entry.shape == third.shape == (0,)
         assert entry.dtype == torch.bfloat16
+        assert third.dtype == torch.float16
         torch.testing.assert_close(following, scheduler_step.eager(*args)[0], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.numerics
+def test_terms_that_cancel() -> None:
+    """Large terms with a small sum: fp32 results are rounded once, whatever the terms."""
+    x, *_ = _call()
+    prev, third = [1e4, -1e4 + 0.5, 0.0, 0.0, 3e3, -3e3], [0.0, 7e3, 0.0, 0.0, -7e3, 0.1]
+    got = run_kernel(scheduler_step, x, x * 1.0001, [x, x * 0.9999], None, prev, [], None, None, None, third)
+    exact = scheduler_step.eager(*_wide((x, x * 1.0001, [x, x * 0.9999], None, prev, [], None, None, None, third)))
+    for ours, want in zip((got[0], got[2]), (exact[0], exact[2]), strict=True):
+        assert ((ours.double() - want).abs() <= 0.51 * torch.finfo(torch.float32).eps * want.abs()).all()
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("prev_dtype", [None, *DTYPES], ids=str)
 @pytest.mark.parametrize("entry_dtype", [None, *DTYPES], ids=str)
 def test_mixed_dtypes(prev_dtype: torch.dtype | None, entry_dtype: torch.dtype | None) -> None:
-    sample, output, history, noise, *rest = _call(history=3)
-    args = sample, output.half(), [history[0].bfloat16(), history[1], history[2].half()], noise.bfloat16(), *rest
-    ours = run_kernel(scheduler_step, *args, prev_dtype, entry_dtype)
-    exact = scheduler_step.eager(*_wide(args), torch.float64, torch.float64)
-    for got, want, dtype in zip(ours, exact, (prev_dtype or torch.float32, entry_dtype or torch.float16), strict=True):
+    sample, output, history, noise, prev, entry, clip, _, _, kept = _call(history=3)
+    tensors = sample, output.half(), [history[0].bfloat16(), history[1], history[2].half()], noise.bfloat16()
+    args = (*tensors, prev, entry, clip)
+    dtypes = prev_dtype or torch.float32, entry_dtype or torch.float16, entry_dtype or torch.float32
+    ours = run_kernel(scheduler_step, *args, prev_dtype, entry_dtype, kept, entry_dtype)
+    exact = scheduler_step.eager(*_wide(args), torch.float64, torch.float64, kept, torch.float64)
+    for got, want, dtype in zip(ours, exact, dtypes, strict=True):
         assert got.dtype == dtype
         error = (got.double() - want).norm() / want.norm()
         rounding = (want.to(dtype).double() - want).norm() / want.norm()
@@ -119,13 +134,14 @@ def test_shapes(shape: tuple[int, ...]) -> None:
     history=st.integers(0, 8),
     noise=st.booleans(),
     entry=st.booleans(),
+    kept=st.booleans(),
     clip=st.none() | st.floats(0, 2),
     dtype=st.sampled_from(DTYPES),
 )
 def test_any_call(
-    numel: int, history: int, noise: bool, entry: bool, clip: float | None, dtype: torch.dtype
+    numel: int, history: int, noise: bool, entry: bool, kept: bool, clip: float | None, dtype: torch.dtype
 ) -> None:
-    args = _call(None, dtype, history=history, noise=noise, entry=entry, clip=clip, shape=(numel,))
+    args = _call(None, dtype, history=history, noise=noise, entry=entry, kept=kept, clip=clip, shape=(numel,))
     exact = scheduler_step.eager(*_wide(args))
     for got, want in zip(run_kernel(scheduler_step, *args), exact, strict=True):
         bound = 0.51 * torch.finfo(dtype).eps * want.abs() + 4e-6
@@ -155,15 +171,15 @@ def test_nonfinite() -> None:
     sample[0, 0, 0, :4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0])
     output[0, 0, 0, 1:5] = torch.tensor([float("inf"), 1, float("nan"), float("inf")])
     assert_same_nonfinite(scheduler_step, sample, output, *rest)
-    assert_same_nonfinite(scheduler_step, sample, output, *rest[:-1], 1.0)
+    assert_same_nonfinite(scheduler_step, sample, output, *rest[:4], 1.0, *rest[5:])
 
 
 def test_results_are_new_tensors() -> None:
     sample, output, *_ = _call(history=0)
-    following, entry = run_kernel(scheduler_step, sample, output, [], None, [1.0, 0.0, 0.0, 0.0], [0.0, 1.0])
-    assert torch.equal(following, sample)
-    assert torch.equal(entry, output)
-    assert len({t.data_ptr() for t in (sample, output, following, entry)}) == 4
+    first, second = [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]
+    results = run_kernel(scheduler_step, sample, output, [], None, first, [0.0, 1.0], kept=second)
+    assert all(torch.equal(a, b) for a, b in zip(results, (sample, output, output), strict=True))
+    assert len({t.data_ptr() for t in (sample, output, *results)}) == 5
 
 
 def test_falls_back_with_a_reason() -> None:
@@ -172,7 +188,7 @@ def test_falls_back_with_a_reason() -> None:
         "float64": _wide(args),
         "9 history tensors": _call(history=9),
         "neither contiguous nor channels_last": (args[0].mT, args[1].mT, [args[2][0].mT], None, *args[4:]),
-        "result's dtype": (*args, torch.float64),
+        "result's dtype": (*args[:7], torch.float64),
     }
     for reason, call in cases.items():
         choice = scheduler_step.choose(*call)
@@ -184,7 +200,7 @@ def test_falls_back_with_a_reason() -> None:
 
 
 def test_bad_arguments() -> None:
-    sample, output, history, noise, prev, entry, _ = _call()
+    sample, output, history, noise, prev, entry, *_ = _call()
     other = sample[:, 1:]
     for arguments, message in (
         ((sample, other, history, noise, prev, entry), r"model_output has shape \(2, 3, 9, 13\)"),
@@ -194,6 +210,7 @@ def test_bad_arguments() -> None:
         ((sample, output, history, noise, prev, [1.0]), "entry has 1 coefficients"),
         ((sample, output, history, noise, prev, entry, -1.0), "clip is -1.0"),
         ((sample, output, history, noise, prev, entry, float("nan")), "clip is nan"),
+        ((sample, output, history, noise, prev, entry, None, None, None, [1.0]), "kept has 1 coefficients"),
     ):
         with pytest.raises(ValueError, match=message):
             scheduler_step(*arguments)
@@ -205,7 +222,7 @@ def test_gradients() -> None:
 
 def test_opcheck() -> None:
     torch.library.opcheck(scheduler_step.overload, _call(history=2))
-    torch.library.opcheck(scheduler_step.overload, (*_call(entry=False), None, torch.bfloat16))
+    torch.library.opcheck(scheduler_step.overload, _call(entry=False, kept=False))
 
 
 def test_compile() -> None:

@@ -179,9 +179,9 @@ def _configurations() -> list[Configuration]:
     add("ConsistencyDecoderScheduler", {})
     add("SCMScheduler", {})
     add("SCMScheduler", {}, {"steps": 2, "intermediate_timesteps": 1.3})
-    for clip in (True, False):
-        add("UnCLIPScheduler", {"clip_sample": clip})
-    add("UnCLIPScheduler", {"prediction_type": "sample", "clip_sample_range": 3.0})
+    for prediction in ("epsilon", "sample"):
+        add("UnCLIPScheduler", {"prediction_type": prediction, "clip_sample_range": 3.0})
+    add("UnCLIPScheduler", {"prediction_type": "sample", "clip_sample": False})
     for prediction in PREDICTIONS:
         add("CogVideoXDPMScheduler", {"prediction_type": prediction})
     add("CogVideoXDPMScheduler", {**ZERO_SNR, "snr_shift_scale": 1.0})

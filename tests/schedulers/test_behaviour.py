@@ -12,15 +12,18 @@ import diffusers
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from trajectory import AVAILABLE, SHAPE, Walk, error, fields, make, run, scale, served, set_timesteps
+from trajectory import AVAILABLE, SHAPE, Walk, error, fields, make, run, scale, served, set_timesteps, x32
 
 from fastdiff.patching import patch, patch_of, unpatch
 from fastdiff.patching._site import site_of
 from fastdiff.schedulers import SAMPLERS
-from fastdiff.schedulers.stepper import MAX_CONFIGURATIONS
+from fastdiff.schedulers.stepper import MAX_CONFIGURATIONS, REPLACED
 
 DPM = "DPMSolverMultistepScheduler"
 CORE = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", DPM)
+#: These know the v-prediction, which tests change to.
+V_PREDICTION = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", DPM, "PNDMScheduler", "LMSDiscreteScheduler",
+                "HeunDiscreteScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler")
 every_sampler = pytest.mark.parametrize("name", AVAILABLE)
 
 
@@ -44,6 +47,10 @@ def test_kernel_serves(name: str, dtype: torch.dtype) -> None:
     assert {record["site"] for record in run(make(name, True), dtype)} == {"cpu"}
 
 
+#: Operations that launch nothing: a timestep picked from the schedule, and expanded.
+VIEWS = ("aten.select.int", "aten.expand.default", "aten.slice.Tensor")
+
+
 class Operations(TorchDispatchMode):
     """Names of the operations dispatched."""
 
@@ -59,15 +66,37 @@ class Operations(TorchDispatchMode):
 @pytest.mark.kernel
 @every_sampler
 def test_one_launch_and_no_read(name: str) -> None:
-    """Steps after the first of a configuration dispatch the one operation, and their noise."""
+    """The steps of a known configuration dispatch the one operation, and their noise.
+
+    Not the second time yet: what the first has left behind is part of a first step's state.
+    """
     scheduler = make(name, True)
-XXX
+    reads = ("aten._local_scalar_dense.default", "aten.nonzero.default")
+    for again in (False, False, True):
+        set_timesteps(scheduler, 5)
+        walk = Walk(scheduler)
+        sample = torch.randn(SHAPE)
+        for index, t in enumerate(walk.timesteps):
+            with Operations() as scaling:
+                scale(scheduler, sample, t)
+            model_output = torch.randn(SHAPE)
+            with Operations() as operations:
+                sample = fields(walk.step(index, model_output, sample))["prev_sample"]
+            if again:
+                seen = [n for n in operations.names if n not in VIEWS]
+                if walk.scaled:  # by the walk
+                    del seen[: sum(n not in VIEWS for n in scaling.names)]
+                draws = [n for n in seen if n.startswith("aten.randn")]
+                assert seen == [*draws, "fastdiff.scheduler_step.default"]
+                assert len(draws) <= (2 if name == "CogVideoXDPMScheduler" else 1)
+                if "scale_model_input" in vars(scheduler):
+                    assert not set(reads) & set(scaling.names)
 
 
 @every_sampler
 def test_signatures(name: str) -> None:
     stock, patched = make(name), make(name, True)
-    for method in ("step", "set_timesteps"):
+    for method in vars(patched).keys() & set(REPLACED):
         assert inspect.signature(getattr(patched, method)) == inspect.signature(getattr(stock, method))
 
 
@@ -77,16 +106,18 @@ def test_signatures(name: str) -> None:
 )
 def test_copies(name: str, how: Callable[[Any], Any]) -> None:
     """A copy is patched, steps by itself, and leaves the original alone."""
+    if name == "SASolverScheduler" and how is not copy.deepcopy:
+        pytest.skip("its tau_func, a lambda, does not pickle")
     patched = make(name, True)
-    run(patched, torch.float64, steps=3)
+    run(patched, torch.float64, steps=4)
     twin = how(patched)
     assert twin is not patched
-    assert vars(twin)["step"].args[0] is twin
+    assert vars(twin)[SAMPLERS[name].method].args[0] is twin
     assert site_of(twin) is not site_of(patched)
     compare(make(name), twin)
-    assert patched.timesteps.shape != twin.timesteps.shape
+    assert patched.timesteps is not twin.timesteps
     unpatch(twin)
-    assert "step" not in vars(twin)
+    assert not vars(twin).keys() & set(REPLACED)
     compare(make(name), patched)
 
 
@@ -99,7 +130,8 @@ def test_restore(name: str) -> None:
     unpatch(scheduler)
     assert vars(scheduler).keys() == before.keys()
     assert all(vars(scheduler)[k] is v for k, v in before.items())
-    assert scheduler.step.__func__ is getattr(diffusers, name).step
+    method = SAMPLERS[name].method
+    assert getattr(scheduler, method).__func__ is getattr(type(scheduler), method)
 
 
 @every_sampler
@@ -108,14 +140,14 @@ def test_unpatch_in_the_middle(name: str) -> None:
     results = []
     for switch in (False, True):
         scheduler = make(name, switch)
-        scheduler.set_timesteps(6)
+        set_timesteps(scheduler, 6)
         torch.manual_seed(1)
         sample = torch.randn(SHAPE, dtype=torch.float64)
-        for i, t in enumerate(scheduler.timesteps):
-            if switch and i == 3:
+        walk = Walk(scheduler)
+        for i in range(len(walk.timesteps)):
+            if switch and i == len(walk.timesteps) // 2:
                 unpatch(scheduler)
-            scale(scheduler, sample, t)
-            sample = scheduler.step(torch.randn_like(sample), t, sample).prev_sample
+            sample = fields(walk.step(i, torch.randn_like(sample), sample))["prev_sample"]
         results.append(sample)
     assert error(results[1], results[0]) < 1e-6
 
@@ -125,22 +157,24 @@ def test_from_config_is_stock(name: str) -> None:
     scheduler = make(name, True)
     fresh = type(scheduler).from_config(scheduler.config)
     assert patch_of(fresh) is None
-    assert "step" not in vars(fresh)
+    assert not vars(fresh).keys() & set(REPLACED)
     assert fresh.config == make(name).config
 
 
 @every_sampler
 def test_return_dict(name: str) -> None:
+    if name == "ScoreSdeVpScheduler":
+        pytest.skip("its step has no such argument")
     for return_dict in (True, False):
         results = []
         for scheduler in (make(name), make(name, True)):
-            scheduler.set_timesteps(4)
+            set_timesteps(scheduler, 4)
             torch.manual_seed(5)
             results.append(one_step(scheduler, return_dict=return_dict))
         theirs, ours = results
         assert type(ours) is type(theirs)
         assert len(ours) == len(theirs)
-        assert not return_dict or ours.keys() == theirs.keys()
+        assert fields(ours).keys() == fields(theirs).keys()
 
 
 def test_positional_arguments() -> None:
@@ -202,17 +236,25 @@ def test_changes_are_noticed(name: str) -> None:
     stock, patched = make(name), make(name, True)
     compare(stock, patched)
     compare(stock, patched, steps=5)
-    if "prediction_type" in stock.config:
+    if "prediction_type" in stock.config and name in V_PREDICTION:
         for scheduler in (stock, patched):
             scheduler.register_to_config(prediction_type="v_prediction")
         compare(stock, patched, steps=5)
     results = []
+    tables = ("discrete_sigmas", "sigmas", "alphas_cumprod", "betas", "c_out", "s", "timesteps")
     for scheduler in (stock, patched):
-        scheduler.set_timesteps(5)
-        table = scheduler.sigmas if hasattr(scheduler, "sigmas") else scheduler.alphas_cumprod
-        table.mul_(0.9)
-        torch.manual_seed(1)
-        results.append(one_step(scheduler, torch.float64, 1).prev_sample)
+        set_timesteps(scheduler, 5)
+        if name == "KarrasVeScheduler":
+            return  # its step takes the sigmas as arguments
+        table = next(t for t in tables if getattr(scheduler, t, None) is not None)
+        steps = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            steps.append(fields(one_step(scheduler, torch.float64, 1))["prev_sample"])
+            set_timesteps(scheduler, 5)
+            getattr(scheduler, table).pow_(1.1)
+        assert error(*steps) > 1e-6
+        results.append(steps[1])
     assert error(results[1], results[0]) < 1e-6
 
 
@@ -242,10 +284,15 @@ def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     probe = stepper.probe
     monkeypatch.setattr(stepper, "probe", lambda *args: probes.append(1) or probe(*args))
     scheduler = make(DPM, True)
-    for _ in range(3):
+    for begin in (None, None, 2):  # it counts on the first step only
         for steps in (6, 7):
-            run(scheduler, torch.float32, steps=steps)
-    assert len(probes) == 6 + 7
+            set_timesteps(scheduler, steps)
+            if begin is not None:
+                scheduler.set_begin_index(begin)
+            walk = Walk(scheduler)
+            for index in range(begin or 0, steps):
+                walk.step(index, x32, x32)
+    assert len(probes) == 6 + 7 + 2 * 2
     for steps in range(5, 6 + MAX_CONFIGURATIONS):
         scheduler.set_timesteps(steps)
     state: Any = site_of(scheduler).state  # type: ignore[union-attr]
@@ -306,12 +353,11 @@ def stock_call(name: str, config: dict[str, Any], call: Callable[[Any], Any], re
     assert reason in served(scheduler)
 
 
-x32 = torch.linspace(-2, 2, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
 CALLS: dict[str, tuple[str, dict[str, Any], Callable[[Any], Any], str]] = {
     "gradient": ("DDIMScheduler", {}, lambda s: s.step(x32.clone().requires_grad_(), s.timesteps[1], x32),
                  "gradient"),
     "timestep vector": ("DDIMScheduler", {"clip_sample": False}, lambda s: s.step(x32, s.timesteps[1:2], x32),
-                        "one integer"),
+                        "not one number"),
     "timestep not in the schedule": ("DDPMScheduler", {}, lambda s: s.step(x32, 998, x32), "IndexError"),
     "integer timestep": ("EulerDiscreteScheduler", {}, lambda s: s.step(x32, 3, x32), "integer"),
     "shapes": ("DDIMScheduler", {}, lambda s: s.step(x32[:1], 500, x32), "shape"),

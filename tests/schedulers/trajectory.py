@@ -20,6 +20,8 @@ from fastdiff.schedulers.stepper import REPLACED
 #: A batch of ten stands for ten seeds.
 SHAPE = (10, 3, 6, 5)
 
+x32 = torch.linspace(-2, 2, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
+
 #: The samplers that this version of Diffusers has.
 AVAILABLE = [name for name in SAMPLERS if hasattr(diffusers.schedulers, name)]
 
@@ -63,6 +65,7 @@ class Walk:
         self.name = type(scheduler).__name__
         self.sampler = SAMPLERS[self.name]
         self.timesteps = scheduler.timesteps[:-1] if self.name in WITH_END else scheduler.timesteps
+        self.scaled = hasattr(scheduler, "scale_model_input")  # flow matching samplers have no such thing
         self.clean: Any = None  # the predicted clean sample of the step before
 
     def step(self, index: int, model_output: Tensor, sample: Tensor, **more: Any) -> Any:
@@ -81,7 +84,8 @@ class Walk:
             t = sigmas[index]
         elif self.sampler.per_sample:
             t = t.expand(len(sample))
-        scale(scheduler, sample, t)
+        if self.scaled:
+            scheduler.scale_model_input(sample, t)
         model_name, time_name, sample_name = self.sampler.names
         arguments |= {model_name: model_output, time_name: t, sample_name: sample}
         output = getattr(scheduler, self.sampler.method)(**arguments)
@@ -147,7 +151,7 @@ def run(
 
 
 def scale(scheduler: Any, sample: Tensor, t: Any) -> None:
-    """What pipelines call before the denoiser; flow matching samplers have no such thing."""
+    """What pipelines call before the denoiser."""
     if hasattr(scheduler, "scale_model_input"):
         scheduler.scale_model_input(sample, t)
 
