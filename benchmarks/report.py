@@ -100,11 +100,34 @@ def overhead_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"kernels": kernel_table, "models": model_table, "overhead": overhead_table}
+def coverage_table(section: dict[str, Any]) -> str:
+    """One line per model of a pipeline."""
+    lines = [
+        "| pipeline | model | configuration | places patched | launches a forward | left alone |",
+        "|---|---|---|---:|---:|---|",
+    ]
+    for row in section["rows"]:
+        saved = 1 - row["after"] / row["before"]
+        left = "; ".join(f"{count} {what}" for what, count in row["left"].items())
+        lines.append(
+            f"| {row['pipelines']} | `{row['model']}` | {row['configuration']} | {row['patched']} of {row['places']} | "
+            f"{row['before']} -> {row['after']} (-{saved:.0%}) | {left} |"
+        )
+    return "\n".join(lines)
+
+
+TABLES = {
+    "kernels": kernel_table,
+    "models": model_table,
+    "overhead": overhead_table,
+    "coverage": coverage_table,
+}
 
 
 def _environment(section: dict[str, Any]) -> str:
     env = section["environment"]
+    if "diffusers" in env:
+        return f"Diffusers {env['diffusers']}, CPU kernels, counted on the published configurations."
     return (
         f"{env['cpu']} ({', '.join(env['cpu_flags'])}), {env['threads']} threads, torch {env['torch']}, "
         f"kernels {env['fastdiff_isa']}, commit {env['commit']}, {env['date']}."

@@ -203,7 +203,7 @@ ZOO = (
     ),
     Entry(
         _case("SD2", "UNet2DConditionModel",
-              {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.25,
+              {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.24,
               **_TEXT, **_TEXT_UNET, use_linear_projection=True),
         "Stable Diffusion 2.x", "UNet2DConditionModel", public=_SD2, source="stable-diffusion-2-1",
     ),
