@@ -38,16 +38,25 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One backend's implementation of one op."""
+    """One backend's implementation of one op.
+
+    Attributes:
+        differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
+    """
 
     op: str
     backend: str
     run: Callable[..., Any]
     refuse: Refuse
+    differentiable: Refuse | None = None
     choice: Choice = field(init=False)
+    choice_with_gradient: Choice | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "choice", Choice(self.backend, self.run))
+        if self.differentiable is not None:
+            overload = getattr(torch.ops.fastdiff, self.op).default
+            object.__setattr__(self, "choice_with_gradient", Choice(self.backend, overload))
 
 
 class BackendError(RuntimeError):
@@ -114,6 +123,11 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 reason = kernel.refuse(*args, **kwargs)
                 if reason is None:
                     return kernel.choice
+                if reason == GRADIENT and kernel.differentiable is not None:
+                    reason = _why_not_differentiable(kernel, args, kwargs)
+                    if reason is None:
+                        assert kernel.choice_with_gradient is not None
+                        return kernel.choice_with_gradient
                 reasons = f"{reasons}; {kernel.backend}: {reason}" if reasons else f"{kernel.backend}: {reason}"
         if not reasons:
             names = BACKENDS[:-1] if wanted is None else (wanted,)
@@ -124,6 +138,18 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         reasons = "use_backend('eager') is in effect"
     return Choice("eager", eager, reasons)
 
+
+def _why_not_differentiable(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the kernel's backward does not serve a call that was refused with :data:`GRADIENT`, or ``None``."""
+    assert kernel.differentiable is not None
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        return f"{GRADIENT} within a transform of torch.func"
+    with torch.no_grad():
+        return kernel.refuse(*args, **kwargs) or kernel.differentiable(*args, **kwargs)
+
+
+#: The refusal of :func:`tensor_reason` that a kernel with a backward of its own takes back.
+GRADIENT = "a gradient is needed"
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -142,7 +168,7 @@ def tensor_reason(device: str, dtypes: frozenset[torch.dtype], *tensors: torch.T
         if t.dtype not in dtypes:
             return f"a tensor is {str(t.dtype)[6:]}"
         if grad and t.requires_grad:
-            return "a gradient is needed"
+            return GRADIENT
         if type(t) not in _PLAIN and not torch.compiler.is_compiling():
             return f"a tensor is a {type(t).__name__}"
     return None

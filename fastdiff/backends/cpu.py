@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import _extension
-from fastdiff.backends import Kernel, Refuse, register, tensor_reason, unavailable
+from fastdiff.backends import GRADIENT, Kernel, Refuse, register, tensor_reason, unavailable
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -218,19 +218,83 @@ def _attention(
     return _reason(q, k, v) or tensor_reason("cpu", _MASK_DTYPES, attn_mask)
 
 
+def _adaln_modulate_backward(
+    grad: Tensor, x: Tensor, factor: Tensor | None, eps: float, rms: bool, grad_x: Tensor | None
+) -> str | None:
+    return _reason(grad, x, factor, grad_x)
+
+
+def _group_norm_silu_backward(
+    grad: Tensor, x: Tensor, num_groups: int, factor: Tensor | None, offset: Tensor | None, temb: Tensor | None,
+    eps: float, silu: bool, channels_last: bool,
+) -> str | None:  # fmt: skip
+    return _reason(grad, x, factor, offset, temb)
+
+
 REFUSE: dict[str, Refuse] = {
     "adaln_modulate": _adaln_modulate,
+    "adaln_modulate_backward": _adaln_modulate_backward,
     "attention": _attention,
     "cfg_combine": _cfg_combine,
     "gate_residual": _gate_residual,
     "gate_residual_adaln": _gate_residual_adaln,
+    "gate_residual_backward": _reason,
     "geglu": _contiguous_only,
     "gelu_tanh": _contiguous_only,
     "group_norm_silu": _group_norm_silu,
+    "group_norm_silu_backward": _group_norm_silu_backward,
     "qk_norm_rope": _qk_norm_rope,
     "scheduler_step": _scheduler_step,
     "swiglu": _swiglu,
 }
+
+
+#: Below this many values eager's backward is as fast: a call of ours costs about 100 us more.
+SMALL = 1 << 18
+
+
+def _differentiable(x: Tensor, *modulations: Tensor | None) -> str | None:
+    if x.numel() < SMALL:
+        return f"{GRADIENT}, and for this size eager's backward is as fast"
+    for t in modulations:
+        if t is not None and t.shape[1:-1].numel() != 1:
+            return f"{GRADIENT}, and the modulation is per token"
+    return None
+
+
+def _differentiable_adaln(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *args: Any,
+    out_dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> str | None:
+    if out_dtype not in (None, x.dtype):
+        return f"{GRADIENT}, and out_dtype is not x's"
+    return _differentiable(x, scale, shift)
+
+
+def _differentiable_gate_adaln(
+    x: Tensor,
+    gate: Tensor,
+    residual: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> str | None:
+    return _differentiable(x, gate, scale, shift)
+
+
+#: For the ops with a backward: why the CPU's does not serve a call, or ``None``.
+DIFFERENTIABLE: dict[str, Refuse] = {
+    "adaln_modulate": _differentiable_adaln,
+    "gate_residual": lambda x, gate, residual: _differentiable(x, gate),
+    "gate_residual_adaln": _differentiable_gate_adaln,
+    "group_norm_silu": lambda x, *args, **kwargs: _differentiable(x),
+}
+_BACKWARD = ("adaln_modulate_backward", "gate_residual_backward", "group_norm_silu_backward")
 
 
 def register_kernels() -> None:
@@ -241,5 +305,12 @@ def register_kernels() -> None:
         return
     for op, refuse in REFUSE.items():
         # An extension from before an op was added runs the others.
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CPU"):
-            register(Kernel(op, "cpu", _run(op), refuse))
+        if _built(op):
+            differentiable = DIFFERENTIABLE.get(op)
+            if differentiable is not None and not all(map(_built, _BACKWARD)):
+                differentiable = None
+            register(Kernel(op, "cpu", _run(op), refuse, differentiable))
+
+
+def _built(op: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CPU")

@@ -3,6 +3,11 @@
 An op is defined here in Python (schema, tags, eager reference, fake implementation), so it exists with or
 without compiled code; the extension registers CPU and CUDA implementations for it when it is loaded. The
 eager reference serves every device and every case that no kernel takes, and is differentiable.
+
+Gradients: an op may have a backward (:meth:`FusedOp.backward`), itself made of ops defined here. It serves the calls
+that need a gradient where a kernel says so (:attr:`fastdiff.backends.Kernel.differentiable`); all others run the
+eager reference under autograd. A backward op is an op without a backward, so its own gradients, those of second
+order, are the ones of its eager reference.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -43,6 +48,8 @@ class FusedOp(Generic[P, R]):
         LIBRARY.impl(self.name, self._autograd, "Autograd")
         self.overload = getattr(torch.ops.fastdiff, self.name).default
         self._check: Callable[..., None] | None = None
+        self._parameters = inspect.signature(reference).parameters
+        self._backward: Backward | None = None
         OPS[self.name] = self
 
     def check(self, function: Callable[..., None]) -> Callable[..., None]:
@@ -54,6 +61,24 @@ class FusedOp(Generic[P, R]):
         """Decorator: shapes, dtypes and strides of the result, for tracing."""
         torch.library.register_fake(f"fastdiff::{self.name}", function, lib=LIBRARY)
         return function
+
+    def backward(self, *saved: str) -> Callable[[Gradients], Gradients]:
+        """Decorator: ``function(needed, grads, **arguments)`` gives the gradients of the op.
+
+        Args:
+            saved: names of the arguments that it needs, and ``output<i>`` for results. All other tensors are
+                ``None`` in ``arguments``, and not kept in memory.
+
+        The function gets the names of the arguments whose gradient is needed and the gradients of the results (``None``
+        for a result that nothing depends on), and returns at least the gradients needed, by name; each is summed
+        over the batch where its argument has none, and brought to its argument's shape and dtype.
+        """
+
+        def define(function: Gradients) -> Gradients:
+            self._backward = Backward(function, frozenset(saved))
+            return function
+
+        return define
 
     def choose(self, *args: P.args, **kwargs: P.kwargs) -> Choice:
         """The backend that serves this call, and why the better ones do not.
@@ -76,13 +101,69 @@ class FusedOp(Generic[P, R]):
         return registered, (self.name,)
 
     def _autograd(self, *args: Any, **kwargs: Any) -> Any:
-        # Reached by direct callers of torch.ops.fastdiff.*: FusedOp itself picks eager before dispatching.
         if forward_ad._current_level >= 0:
             return self.eager(*args, **kwargs)
         if torch.is_grad_enabled() and any(_requires_grad(a) for a in (*args, *kwargs.values())):
-            return self.eager(*args, **kwargs)
+            if self._backward is None or choose(self.name, self.eager, args, kwargs).backend == "eager":
+                return self.eager(*args, **kwargs)
+            bound = dict.fromkeys(self._parameters) | self._defaults | dict(zip(self._parameters, args, strict=False))
+            return _Differentiable.apply(self, *(bound | kwargs).values())
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args, **kwargs)
+
+    @functools.cached_property
+    def _defaults(self) -> dict[str, Any]:
+        return {n: p.default for n, p in self._parameters.items() if p.default is not inspect.Parameter.empty}
+
+
+Gradients = Callable[..., dict[str, torch.Tensor]]
+
+
+class Backward(NamedTuple):
+    """What :meth:`FusedOp.backward` was given."""
+
+    function: Gradients
+    saved: frozenset[str]
+
+
+class _Differentiable(torch.autograd.Function):
+    """``apply(op, *arguments)``: an op by its kernel, with its own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, op: FusedOp[..., Any], *values: Any) -> Any:
+        arguments = dict(zip(op._parameters, values, strict=True))
+        kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+        positional, keyword = ({n: arguments[n] for n, p in op._parameters.items() if p.kind is k} for k in kinds)
+        with torch._C._AutoDispatchBelowAutograd():
+            result = op.overload(*positional.values(), **keyword)
+        assert op._backward is not None
+        tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
+        outputs = {f"output{i}": t for i, t in enumerate(result if isinstance(result, tuple) else (result,))}
+        saved = {n: t for n, t in (tensors | outputs).items() if n in op._backward.saved}
+        ctx.save_for_backward(*saved.values())
+        ctx.set_materialize_grads(False)
+        ctx.op, ctx.saved = op, tuple(saved)
+        ctx.like = {n: (t.shape, t.dtype) for n, t in tensors.items()}
+        ctx.arguments = {n: None if n in tensors else value for n, value in arguments.items()}
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+        op: FusedOp[..., Any] = ctx.op
+        assert op._backward is not None
+        needed = [n for n, wanted in zip(op._parameters, ctx.needs_input_grad[1:], strict=True) if wanted]
+        if all(grad is None for grad in grads):
+            return (None,) * (1 + len(op._parameters))
+        arguments = ctx.arguments | dict(zip(ctx.saved, ctx.saved_tensors, strict=True))
+        found = op._backward.function(frozenset(needed), grads, **arguments)
+        results = {n: _shaped(found[n], *ctx.like[n]) for n in needed}
+        return (None, *(results.get(n) for n in op._parameters))
+
+
+def _shaped(grad: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    if grad.numel() != shape.numel():  # the argument was broadcast over the batch, the first axis
+        grad = grad.sum(0)
+    return grad.reshape(shape).to(dtype)
 
 
 def registered(name: str) -> FusedOp[..., Any]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops._library import fused_op
+from fastdiff.ops.adaln_modulate_backward import adaln_modulate_backward
 
 
 def check_modulation(name: str, shape: torch.Size, full: torch.Size) -> None:
@@ -136,3 +139,56 @@ def _fake(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     return x.new_empty(x.shape, dtype=out_dtype or x.dtype)
+
+
+def as_samples(t: Tensor) -> Tensor:
+    """``t`` (..., D) as (B, S, D), B being its first axis if it has several."""
+    batch = t.shape[0] if t.dim() > 1 else 1
+    return t.reshape(batch, math.prod(t.shape[1:-1]) if t.dim() > 2 else 1, t.shape[-1])
+
+
+def as_row(t: Tensor) -> Tensor:
+    """A modulation that is not per token, or a norm's parameter, as (B, D) or (1, D) in fp32."""
+    return t.reshape(-1, t.shape[-1]).float().contiguous()
+
+
+def adaln_gradients(
+    grad: Tensor,
+    x: Tensor,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    grad_x: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The gradients of :func:`adaln_modulate`; ``grad_x`` is added to that of x."""
+    w, b, s = (None if t is None else as_row(t) for t in (weight, bias, scale))
+    factor = w if s is None else 1 + s if w is None else w * (1 + s)
+    dx, dfactor, doffset = adaln_modulate_backward(
+        as_samples(grad), as_samples(x), factor, eps, rms, None if grad_x is None else as_samples(grad_x)
+    )
+    dscale = dfactor if w is None else dfactor * w
+    return {
+        "x": dx,
+        "scale": dscale if b is None else dscale + doffset * b,
+        "shift": doffset,
+        "weight": dfactor if s is None else dfactor * (1 + s),
+        "bias": doffset if s is None else doffset * (1 + s),
+    }
+
+
+@adaln_modulate.backward("x", "scale", "weight", "bias")
+def _backward(
+    needed: frozenset[str],
+    grads: tuple[Tensor],
+    x: Tensor,
+    scale: Tensor | None,
+    shift: None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    out_dtype: torch.dtype | None,
+) -> dict[str, Tensor]:
+    return adaln_gradients(grads[0], x, scale, weight, bias, eps, rms)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops._library import fused_op
-from fastdiff.ops.adaln_modulate import align_modulation, check_modulation
+from fastdiff.ops.adaln_modulate import align_modulation, as_row, as_samples, check_modulation
+from fastdiff.ops.gate_residual_backward import gate_residual_backward
 
 
 def check_gated(x: Tensor, gate: Tensor, residual: Tensor) -> None:
@@ -46,3 +47,18 @@ gate_residual.check(check_gated)
 @gate_residual.fake
 def _fake(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+
+
+def gate_gradients(needed: frozenset[str], grad: Tensor, x: Tensor, gate: Tensor) -> dict[str, Tensor]:
+    """The gradients of :func:`gate_residual`."""
+    found = {"residual": grad}
+    if needed & {"x", "gate"}:
+        found["x"], found["gate"] = gate_residual_backward(as_samples(grad), as_samples(x), as_row(gate))
+    return found
+
+
+@gate_residual.backward("x", "gate")
+def _backward(
+    needed: frozenset[str], grads: tuple[Tensor], x: Tensor, gate: Tensor, residual: None
+) -> dict[str, Tensor]:
+    return gate_gradients(needed, grads[0], x, gate)

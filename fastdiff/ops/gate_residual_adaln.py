@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops._library import fused_op
-from fastdiff.ops.adaln_modulate import adaln_modulate, check_norm
-from fastdiff.ops.gate_residual import check_gated, gate_residual
+from fastdiff.ops.adaln_modulate import adaln_gradients, adaln_modulate, check_norm
+from fastdiff.ops.gate_residual import check_gated, gate_gradients, gate_residual
 
 
 @fused_op(
@@ -74,3 +74,26 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     y = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
     return y, torch.empty_like(y)
+
+
+@gate_residual_adaln.backward("x", "gate", "scale", "weight", "bias", "output0")
+def _backward(
+    needed: frozenset[str],
+    grads: tuple[Tensor | None, Tensor | None],
+    x: Tensor,
+    gate: Tensor,
+    residual: None,
+    scale: Tensor | None,
+    shift: None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    output0: Tensor,
+) -> dict[str, Tensor]:
+    grad_y, grad = grads
+    if grad is None:
+        assert grad_y is not None
+        grad = torch.zeros_like(grad_y)
+    found = adaln_gradients(grad, output0, scale, weight, bias, eps, rms, grad_y)
+    return found | gate_gradients(needed, found["x"].reshape(x.shape), x, gate)

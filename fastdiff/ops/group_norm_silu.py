@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops._library import fused_op
+from fastdiff.ops.group_norm_silu_backward import group_norm_silu_backward
 
 
 @fused_op(
@@ -110,6 +111,53 @@ def _check(
                 f"group_norm_silu: {name} has shape {tuple(shape)}; expected ({batch}, {channels}) or the same "
                 f"followed by ones, for x of shape {tuple(x.shape)}"
             )
+
+
+@group_norm_silu.backward("x", "weight", "bias", "temb", "scale", "shift")
+def _backward(
+    needed: frozenset[str],
+    grads: tuple[Tensor],
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    temb: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    tokens: bool,
+) -> dict[str, Tensor]:
+    batch, channels = x.shape[:2]
+
+    def row(t: Tensor | None) -> Tensor | None:
+        return None if t is None else t.reshape(-1, channels).float().contiguous()
+
+    w, b, s, t = row(weight), row(bias), row(scale), row(shift)
+    factor = offset = None  # the op is silu(normed * factor + offset)
+    if w is not None or s is not None:
+        factor = w if s is None else 1 + s if w is None else w * (1 + s)
+    if b is not None or t is not None:
+        offset = b if b is None or s is None else b * (1 + s)
+        offset = t if offset is None else offset if t is None else offset + t
+    channels_last = is_channels_last(x)
+    x3 = _as_tokens(x) if channels_last else x.reshape(batch, channels, math.prod(x.shape[2:]))
+    grad = grads[0] if tokens else _as_tokens(grads[0])
+    dx, dfactor, doffset, dtemb = group_norm_silu_backward(
+        grad if channels_last else grad.transpose(1, 2), x3, num_groups, factor, offset, row(temb), eps, silu,
+        channels_last,
+    )  # fmt: skip
+    found = {"temb": dtemb, "shift": doffset}
+    if channels_last:
+        dx = dx.transpose(1, 2)
+        found["x"] = dx.reshape(batch, channels, *x.shape[2:])
+    else:
+        found["x"] = dx.reshape(x.shape)
+    if "scale" in needed:
+        dscale = dfactor if w is None else dfactor * w
+        found["scale"] = dscale if b is None else dscale + doffset * b
+    found["weight"], found["bias"] = (g if s is None else g * (1 + s) for g in (dfactor, doffset))
+    return found
 
 
 def is_channels_last(x: Tensor) -> bool:
