@@ -206,7 +206,7 @@ CONFIGURATIONS = _configurations()
 def label(configuration: Configuration) -> str:
     """A test id."""
     name, config, schedule, step = configuration
-    parts = [f"{k}={v}" for k, v in {**config, **step}.items()]
+    parts = [f"{k}={getattr(v, '__name__', v)}" for k, v in {**config, **step}.items()]
     if schedule != {"steps": 8}:
         parts.append("-".join(f"{k}" for k in schedule))
     return "-".join([name.removesuffix("Scheduler"), *parts])
