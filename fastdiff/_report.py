@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from fastdiff._launches import count_launches
-from fastdiff.patching import Patch, components_of, patches_of
+from fastdiff.patching import Patch, components_of, follows, patches_of
 from fastdiff.patching._site import Site
 from fastdiff.patching.families import example_of
 
@@ -186,7 +186,9 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
                 Row(name, type(component).__name__, "", {}, STOCK, "not a model that fastdiff knows, or not patched")
             )
         elif hasattr(component, "set_timesteps"):
-            rows.append(Row(name, type(component).__name__, "scheduler step", {}, STOCK, "set after patching"))
+            what_next = "the pipeline's next call patches it" if follows(x) else "patch the pipeline again"
+            reason = f"set after patching; {what_next}"
+            rows.append(Row(name, type(component).__name__, "scheduler step", {}, STOCK, reason))
     savings = tuple(saving for _, patch in found for saving in patch.savings)
     return Report(type(x).__name__, tuple(rows), savings, tuple(counts), tuple(layouts))
 

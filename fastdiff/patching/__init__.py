@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -63,6 +64,7 @@ def patch(
             _patch_one(x, options, None)
         else:
             claim = vars(x).setdefault(CLAIM, Claim())
+            claim.follow(x, options, progress_bar)
             for name, component in components.items():
                 if _is_patchable(component):
                     _patch_one(component, replace(options, prefix=name), claim)
@@ -97,13 +99,48 @@ def unpatch(x: T) -> T:
     claim = vars(x).pop(CLAIM, None)
     if claim is None:
         raise ValueError(f"this {type(x).__name__} is not patched")
+    claim.unfollow()
     for found in list(claim.patches):
-        found.claims.pop(claim, None)
-        if not found.claims:
-            found.restore()
-        elif (wanted := list(found.claims.values())[-1]) != found.options:
-            _patch_one(found.root, wanted, None, keep_claims=True)
+        _release(claim, found)
     return x
+
+
+def _release(claim: Claim, found: Patch) -> None:
+    """Take a claim from a patch, which goes with the last."""
+    claim.patches.discard(found)
+    found.claims.pop(claim, None)
+    if not found.claims:
+        found.restore()
+    elif (wanted := list(found.claims.values())[-1]) != found.options:
+        _patch_one(found.root, wanted, None, keep_claims=True)
+
+
+def progress_bar(pipe: Any, *args: Any, **kwargs: Any) -> Any:
+    """In place of ``progress_bar`` of a patched pipeline, which a call makes before its first step.
+
+    Here the pipeline is seen to have another scheduler than the last time: that is patched, the old one let go. One
+    that was unpatched by itself is not patched again.
+    """
+    from diffusers import SchedulerMixin
+
+    claim: Claim = vars(pipe)[CLAIM]
+    components = components_of(pipe) or {}
+    for name, component in components.items():
+        if isinstance(component, SchedulerMixin) and component not in claim.schedulers:
+            claim.schedulers.add(component)
+            _patch_one(component, replace(claim.options, prefix=name), claim)
+    for found in list(claim.patches):
+        if isinstance(found.root, SchedulerMixin) and all(found.root is not c for c in components.values()):
+            claim.schedulers.discard(found.root)
+            _release(claim, found)
+    return type(pipe).progress_bar(pipe, *args, **kwargs)
+
+
+def follows(pipe: Any) -> bool:
+    """Whether the next call of a patched pipeline patches a scheduler that was set since."""
+    claim: Claim | None = vars(pipe).get(CLAIM)
+    code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+    return claim is not None and claim.following() and code is not None and "progress_bar" in code.co_names
 
 
 @contextlib.contextmanager
@@ -128,6 +165,7 @@ class _Before:
         self.claims = [dict(found.claims) if found is not None else {} for _, found in self.patches]
         self.x = x
         self.claim: Claim | None = vars(x).get(CLAIM)
+        self.options = self.claim.options if self.claim is not None else Options()
 
     def restore(self) -> None:
         """Go back; what others have asked for in the meantime stays."""
@@ -152,8 +190,11 @@ class _Before:
                     holder.patches.add(earlier)
             elif claims:  # another pipeline has come to share the component
                 _patch_one(root, list(claims.values())[-1], None, keep_claims=True, claims=claims)
-        if self.claim is None:
-            vars(self.x).pop(CLAIM, None)
+        if self.claim is None and claim is not None:
+            vars(self.x).pop(CLAIM)
+            claim.unfollow()
+        elif self.claim is not None:
+            self.claim.options = self.options
 
 
 def patches_of(x: Any) -> list[tuple[Any, Patch]]:

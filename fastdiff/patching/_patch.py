@@ -64,16 +64,46 @@ class Left:
 
 
 class Claim:
-    """Held by whoever asked for patches, a pipeline or the model itself, and by nobody else: it dies with it."""
+    """Held by whoever asked for patches, a pipeline or the model itself, and by nobody else: it dies with it.
 
-    def __init__(self, patches: Iterable[Patch] = ()) -> None:
-        self.patches = weakref.WeakSet(patches)
+    Attributes:
+        patches: those asked for.
+        options: of a pipeline, those of the latest :func:`fastdiff.patch`.
+        schedulers: of a pipeline, those that it had when it was last looked at.
+    """
+
+    def __init__(self) -> None:
+        self.patches: weakref.WeakSet[Patch] = weakref.WeakSet()
+        self.options = Options()
+        self.schedulers: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._watch: Replacement | None = None
+
+    def follow(self, pipe: Any, options: Options, progress_bar: Callable[..., Any]) -> None:
+        """Let ``progress_bar`` take the place of the pipeline's, to patch with ``options`` the schedulers it gets."""
+        from diffusers import SchedulerMixin
+
+        self.options = options
+        self.schedulers = weakref.WeakSet(c for c in pipe.components.values() if isinstance(c, SchedulerMixin))
+        if self._watch is None:
+            watch = Replacement(pipe, "progress_bar", progress_bar)
+            self._watch = watch if watch.install() is None else None
+
+    def unfollow(self) -> None:
+        """Undo :meth:`follow`."""
+        if self._watch is not None:
+            self._watch.restore()
+            self._watch = None
+
+    def following(self) -> bool:
+        """Whether the pipeline's ``progress_bar`` is still the one of :meth:`follow`."""
+        return self._watch is not None and self._watch.installed()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"patches": list(self.patches)}
+        return {**vars(self), "patches": list(self.patches), "schedulers": list(self.schedulers)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.patches = weakref.WeakSet(state["patches"])
+        sets = {name: weakref.WeakSet(state[name]) for name in ("patches", "schedulers")}
+        vars(self).update({**state, **sets})
 
 
 @dataclass(eq=False)

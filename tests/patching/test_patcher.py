@@ -37,6 +37,10 @@ def _fused(x: Any) -> bool:
     return all(row.fused for row in report.rows if row.backend != "not run yet") and report.fused > 0
 
 
+def _reason_of_scheduler(pipe: Any) -> str:
+    return next(row.reason for row in fastdiff.report(pipe).rows if row.path == "scheduler")
+
+
 def test_pipeline_there_and_back() -> None:
     """A whole pipeline: same latents but for rounding, full coverage, and bitwise eager after unpatch."""
     pipe = sd_pipeline()
@@ -165,10 +169,74 @@ def test_replaced_component_is_restored_too() -> None:
     pipe = fastdiff.patch(sd_pipeline())
     old = pipe.scheduler
     pipe.scheduler = EulerDiscreteScheduler.from_config(old.config)
-    assert "set after patching" in str(fastdiff.report(pipe))
+    assert "the pipeline's next call patches it" in _reason_of_scheduler(pipe)
     fastdiff.unpatch(pipe)
     assert patch_of(old) is None
     assert "step" not in vars(old)
+    assert "progress_bar" not in vars(pipe)
+
+
+def test_scheduler_set_after_patching() -> None:
+    """The next call patches it, with the options of the pipeline, and lets the old one go."""
+    pipe = fastdiff.patch(sd_pipeline(), backend="eager")
+    run_sd(pipe)
+    old = pipe.scheduler
+    pipe.scheduler = EulerDiscreteScheduler.from_config(old.config)
+    assert patch_of(pipe.scheduler) is None
+    results = [run_sd(pipe), run_sd(pipe)]
+    assert torch.equal(*results)
+    found = patch_of(pipe.scheduler)
+    assert found is not None
+    assert found.sites[0].served["step"].reason == "use_backend('eager') is in effect"
+    assert patch_of(old) is None
+    fastdiff.unpatch(pipe.scheduler)  # by itself: the pipeline leaves it so
+    run_sd(pipe)
+    assert patch_of(pipe.scheduler) is None
+    pipe.scheduler = old
+    copied = copy.deepcopy(pipe)
+    for p in (pipe, copied):
+        run_sd(p)
+        assert patch_of(p.scheduler) is not None
+        fastdiff.unpatch(p)
+        assert patch_of(p.scheduler) is None
+        assert "progress_bar" not in vars(p)
+    stock = sd_pipeline()
+    stock.scheduler = EulerDiscreteScheduler.from_config(stock.scheduler.config)
+    torch.testing.assert_close(results[0], run_sd(stock), rtol=1e-3, atol=1e-3)
+
+
+def test_a_shared_scheduler_that_one_pipeline_drops_stays_patched() -> None:
+    first = sd_pipeline()
+    second = sd_pipeline(scheduler=first.scheduler)
+    fastdiff.patch(first)
+    fastdiff.patch(second)
+    first.scheduler = EulerDiscreteScheduler.from_config(first.scheduler.config)
+    run_sd(first)
+    assert patch_of(second.scheduler) is not None
+    with fastdiff.patched(second, backend="eager"):
+        second.scheduler = EulerDiscreteScheduler.from_config(second.scheduler.config)
+        run_sd(second)
+    fastdiff.unpatch(second)
+    assert patch_of(second.scheduler) is None
+
+
+def test_progress_bar_of_the_user_stays() -> None:
+    pipe = sd_pipeline()
+    bars: list[Any] = []
+
+    def bar(*args: Any, **kwargs: Any) -> Any:
+        bars.append(args)
+        return type(pipe).progress_bar(pipe, *args, **kwargs)
+
+    pipe.progress_bar = bar
+    fastdiff.patch(pipe)
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    assert "patch the pipeline again" in _reason_of_scheduler(pipe)
+    run_sd(pipe)
+    assert bars
+    assert patch_of(pipe.scheduler) is None
+    fastdiff.unpatch(pipe)
+    assert pipe.progress_bar is bar
 
 
 def test_deepcopy_is_independent() -> None:
