@@ -116,10 +116,24 @@ def coverage_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def scheduler_table(section: dict[str, Any]) -> str:
+    """Host time per sampler step, stock and fused."""
+    lines = ["| sampler | stock us | fastdiff us | speed-up | target |", "|---|---:|---:|---:|---:|"]
+    for row in section["rows"]:
+        stock, ours = _timing(row, "eager"), _timing(row, "fastdiff")
+        if stock is not None and ours is not None:
+            lines.append(
+                f"| {row['name']} | {stock['median_ms'] * 1e3:.0f} | {ours['median_ms'] * 1e3:.0f} | {_ratio(ours)} | "
+                f"{_target(row)} |"
+            )
+    return "\n".join(lines)
+
+
 TABLES = {
     "kernels": kernel_table,
     "models": model_table,
     "overhead": overhead_table,
+    "schedulers": scheduler_table,
     "coverage": coverage_table,
 }
 

@@ -261,10 +261,11 @@ class _SiteChecks:
 
     def _step(self, path: str, site: Site, *args: Any, **kwargs: Any) -> Any:
         """Every step is compared, and the worst kept: a sampler's order grows over its first steps."""
-        eager = _step_of_copy(site, args, kwargs, exact=False)
+        drawn: list[torch.dtype] = []
+        eager = _step_of_copy(site, args, kwargs, drawn, exact=False)
         cls, failure, exact = type(site.owner).__name__, "", None
         try:
-            exact = _step_of_copy(site, args, kwargs, exact=True)
+            exact = _step_of_copy(site, args, kwargs, drawn, exact=True)
         except Exception as error:
             failure = _no_fp64(error)
         ours = self.originals[path](*args, **kwargs)
@@ -359,12 +360,14 @@ def _stock_inside(module: nn.Module) -> Iterator[None]:
             site.install()
 
 
-def _step_of_copy(site: Site, args: Any, kwargs: Any, *, exact: bool) -> Any:
+def _step_of_copy(site: Site, args: Any, kwargs: Any, drawn: list[torch.dtype], *, exact: bool) -> Any:
     """The stock step on a copy of a scheduler in its present state, with the noise that the step will draw.
 
-    ``exact``: on fp64 tensors; the sampler's tables stay in the precision that Diffusers gives them.
+    ``exact``: on fp64 tensors; the sampler's tables stay in the precision that Diffusers gives them. ``drawn`` are the
+    dtypes of the noise, which the other run notes.
     """
     cls = type(site.owner)
+    sampler = site.state.sampler
     twin: Any = object.__new__(cls)
     ours = {SITE, PATCH, *(replacement.name for replacement in site.replacements)}
     vars(twin).update(copy.deepcopy({k: v for k, v in vars(site.owner).items() if k not in ours}))
@@ -372,30 +375,37 @@ def _step_of_copy(site: Site, args: Any, kwargs: Any, *, exact: bool) -> Any:
     module = inspect.getmodule(cls)
     draw = getattr(module, "randn_tensor", None)
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
+        if draw is not None:
+            noise = functools.partial(_draw_again, draw, iter(drawn)) if exact else functools.partial(_draw, draw, drawn)
+            stack.enter_context(mock.patch.object(module, "randn_tensor", noise))
         if exact:
-            dtype = args[0].dtype if args else kwargs["model_output"].dtype
-            if draw is not None:
-                stack.enter_context(mock.patch.object(module, "randn_tensor", functools.partial(_draw, draw, dtype)))
-            for name in site.state.sampler.history:
+            for name in set(sampler.history) & vars(twin).keys():
                 setattr(twin, name, _to_fp64(getattr(twin, name)))
             args, kwargs = _to_fp64((args, kwargs))
-        return twin.step(*args, **kwargs)
+        return getattr(twin, sampler.method)(*args, **kwargs)
 
 
-def _draw(stock: Callable[..., Tensor], drawn: torch.dtype, *args: Any, dtype: Any = None, **kwargs: Any) -> Tensor:
-    return stock(*args, dtype=drawn, **kwargs).double()
+def _draw(stock: Callable[..., Tensor], drawn: list[torch.dtype], *args: Any, **kwargs: Any) -> Tensor:
+    noise = stock(*args, **kwargs)
+    drawn.append(noise.dtype)
+    return noise
+
+
+def _draw_again(stock: Callable[..., Tensor], drawn: Iterator[torch.dtype], *args: Any, **kwargs: Any) -> Tensor:
+    return stock(*args, **{**kwargs, "dtype": next(drawn)}).double()
 
 
 @contextlib.contextmanager
 def _last_sample(patches: dict[str, Patch]) -> Iterator[list[Tensor]]:
     """Within the block, the list holds what the scheduler's latest step returned."""
     kept: list[Tensor] = []
-    scheduler = next((p.root for p in patches.values() if not isinstance(p.root, nn.Module)), None)
-    if scheduler is None:
+    sites = [site for p in patches.values() if not isinstance(p.root, nn.Module) for site in p.sites]
+    if not sites:
         yield kept
         return
-    own = vars(scheduler).get("step")
-    step = scheduler.step
+    scheduler, method = sites[0].owner, sites[0].replacements[0].name
+    own = vars(scheduler).get(method)
+    step = getattr(scheduler, method)
 
     @functools.wraps(step)
     def keeping(*args: Any, **kwargs: Any) -> Any:
@@ -403,14 +413,14 @@ def _last_sample(patches: dict[str, Patch]) -> Iterator[list[Tensor]]:
         kept[:] = _tensors(result)[:1]
         return result
 
-    vars(scheduler)["step"] = keeping
+    vars(scheduler)[method] = keeping
     try:
         yield kept
     finally:
         if own is None:
-            del vars(scheduler)["step"]
+            del vars(scheduler)[method]
         else:
-            vars(scheduler)["step"] = own
+            vars(scheduler)[method] = own
 
 
 @contextlib.contextmanager

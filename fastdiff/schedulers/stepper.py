@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
+from collections.abc import Callable
 from itertools import zip_longest
 from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
@@ -35,6 +36,8 @@ from fastdiff.schedulers.samplers import Sampler, unsupported
 #: Configurations (options, timesteps, sigmas) kept per scheduler, and steps kept per configuration.
 MAX_CONFIGURATIONS = 8
 MAX_STEPS = 4096
+#: Tensors of a scheduler whose values are kept for comparison.
+MAX_TABLES = 32
 
 #: The methods that patching may replace.
 REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
@@ -50,10 +53,18 @@ class Launch(NamedTuple):
     prev: list[float]
     entry: list[float]
     clip: float | None
-    prev_dtype: torch.dtype
+    prev_dtype: torch.dtype | None
     entry_dtype: torch.dtype | None
     kept: list[float]
     kept_dtype: torch.dtype | None
+
+    def with_defaults(self, call: Call) -> Launch:
+        """Without the dtypes that the op takes by itself: each costs as much as a lookup."""
+        return self._replace(
+            prev_dtype=None if self.prev_dtype == call.sample else self.prev_dtype,
+            entry_dtype=None if self.entry_dtype == call.model_output else self.entry_dtype,
+            kept_dtype=None if self.kept_dtype == call.sample else self.kept_dtype,
+        )
 
 
 #: A value after the step: the position of a tensor among the step's values, or what is no tensor.
@@ -179,7 +190,7 @@ class Stepper:
         plain = {*sampler.names, "generator", "return_dict"}  # these do not shape the map
         known = {*plain, *sampler.scalars, *sampler.timesteps, *sampler.tensors, sampler.noise}
         self._unknown = tuple(name for name in self._names if name not in known)
-        not_fixed = {*REPLACED, SITE, PATCH, *sampler.state, *sampler.history}
+        not_fixed = {*REPLACED, SITE, PATCH, "_internal_dict", *sampler.state, *sampler.history}
         if sampler.past is not None:
             not_fixed.add(sampler.past)
         if "_step_index" in sampler.state:
@@ -190,9 +201,11 @@ class Stepper:
         self._attributes = 0
         self._bound: tuple[Any, ...] = ()
         self._options: dict[str, Any] = {}
+        self._frozen_options: tuple[Any, ...] = ()
+        self._frozen_tables: dict[int, tuple[Tensor, int, Any]] = {}
         self._tables: list[Tensor] = []
         self._writes = 0
-        self._fixed = itemgetter("_internal_dict")
+        self._fixed: Callable[[dict[str, Any]], tuple[Any, ...]] = tuple
         self._moved: tuple[Tensor, int, Tensor] | None = None
         self._past_moments: list[tuple[Any, Moment | None]] = []
 
@@ -358,7 +371,8 @@ class Stepper:
                 if isinstance(value, Tensor):
                     state[name] = configuration.kept(value, attributes["sigmas"].device)
             history = tuple([(n, after) for n, after in plan.history if n in attributes or after != Constant(None)])
-            plan = plan._replace(state=tuple(state.items()), history=history)
+            launches = tuple([launch.with_defaults(call) for launch in plan.launches])
+            plan = plan._replace(launches=launches, state=tuple(state.items()), history=history)
         configuration.plans[call] = plan
         return plan
 
@@ -387,21 +401,35 @@ class Stepper:
         """Find or make the plans of the scheduler's present options and schedule."""
         attributes = vars(self.scheduler)
         names = [name for name in attributes if name not in self._not_fixed]
-        self._fixed = itemgetter(*names)
+        self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
         self._attributes = len(attributes)
         fixed = self._bound = self._fixed(attributes)
         options = vars(self.scheduler.config)
-        self._options = dict(options)
+        if options != self._options:
+            self._options = dict(options)
+            self._frozen_options = (*options, *map(_frozen, options.values()))
         # Only ever counts up, so the sum tells of any write. Inference tensors do not count theirs.
         self._tables = [t for t in fixed if isinstance(t, Tensor) and not t.is_inference()]
         self._writes = sum(map(_version, self._tables))
-        key = (*names, *map(_frozen, fixed), *options, *map(_frozen, options.values()))
+        key = (*names, *map(self._freeze, fixed), *self._frozen_options)
         found = self._configurations.pop(key, None)
         if found is None:
-            found = _Configuration(self.scheduler, self.sampler, self._not_fixed)
+            found = _Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
         self._configurations[key] = self._configuration = found
         if len(self._configurations) > MAX_CONFIGURATIONS:
             self._configurations.popitem(last=False)
+
+    def _freeze(self, value: Any) -> Any:
+        """:func:`_frozen`, which for a table that nobody wrote to was done before."""
+        if not isinstance(value, Tensor) or value.is_inference():
+            return _frozen(value)
+        known = self._frozen_tables.get(id(value))
+        if known is None or known[0] is not value or known[1] != value._version:
+            known = value, value._version, _frozen(value)
+            if len(self._frozen_tables) >= MAX_TABLES:
+                self._frozen_tables.clear()
+            self._frozen_tables[id(value)] = known
+        return known[2]
 
     def _moment(self, timestep: Any, per_sample: bool = False) -> Moment | None:
         """A timestep's value, if it has one. That of an element of ``timesteps`` is not read from its device."""
@@ -445,8 +473,9 @@ def _randn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
 def _frozen(value: Any) -> Any:
     """A hashable stand-in for an attribute's value."""
     if isinstance(value, Tensor):
-        data = value.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
-        return value.dtype, value.device, tuple(value.shape), data
+        data = value.detach().cpu()
+        data = data.float() if value.dtype is torch.bfloat16 else data  # which numpy does not have
+        return value.dtype, value.device, tuple(value.shape), data.numpy().tobytes()
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, dict):

@@ -24,6 +24,8 @@ CORE = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", DPM)
 #: These know the v-prediction, which tests change to.
 V_PREDICTION = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", DPM, "PNDMScheduler", "LMSDiscreteScheduler",
                 "HeunDiscreteScheduler", "UniPCMultistepScheduler", "SASolverScheduler", "LCMScheduler")
+#: Helios counts its steps from 0 whatever the timestep.
+FROM_START = ("HeliosScheduler",)
 every_sampler = pytest.mark.parametrize("name", AVAILABLE)
 
 
@@ -209,23 +211,22 @@ def test_noise(name: str, generators: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
 
 
-@pytest.mark.parametrize("name", CORE[2:])
-@pytest.mark.parametrize("begin", [None, 3])
+@pytest.mark.parametrize("name", [n for n in AVAILABLE if "_step_index" in SAMPLERS[n].state and n not in FROM_START])
+@pytest.mark.parametrize("begin", [None, 4])  # even: pipelines skip whole steps of a sampler of order 2
 def test_start_in_the_middle(name: str, begin: int | None) -> None:
     """img2img: by ``set_begin_index`` or by the first timestep seen."""
     results = []
     for patched in (False, True):
         scheduler = make(name, patched)
-        scheduler.set_timesteps(8)
-        if begin is not None:
+        set_timesteps(scheduler, 8)
+        if begin is not None and hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         torch.manual_seed(0)
         sample = torch.randn(SHAPE, dtype=torch.float64)
-        for t in scheduler.timesteps[3:]:
-            scale(scheduler, sample, t)
-            sample = scheduler.step(torch.randn_like(sample), t, sample).prev_sample
+        walk = Walk(scheduler)
+        for index in range(4, len(walk.timesteps)):
+            sample = fields(walk.step(index, torch.randn_like(sample), sample))["prev_sample"]
             assert served(scheduler) in ("", "eager")
-        assert scheduler.step_index == 8
         results.append(sample)
     assert error(results[1], results[0]) < 1e-6
 
@@ -299,9 +300,56 @@ def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(state._configurations) == MAX_CONFIGURATIONS
 
 
+@pytest.mark.parametrize("name", [n for n in AVAILABLE if "add_noise" in vars(make(n, True))])
+def test_add_noise_leaves_the_tables(name: str) -> None:
+    """Stock moves ``alphas_cumprod`` to the samples' device for good; the results are the same."""
+    stock, patched = make(name), make(name, True)
+    x, t = torch.randn(SHAPE), torch.tensor([3, 500] * 5)
+    for method in {"add_noise", "get_velocity"} & vars(patched).keys():
+        theirs, ours = (getattr(s, method)(x, x.flip(0), t) for s in (stock, patched))
+        assert torch.equal(ours, theirs)
+    before = patched.alphas_cumprod
+    for scheduler in (stock, patched):
+        for _ in range(2):
+            noisy = scheduler.add_noise(x.to("meta"), x.to("meta"), t.to("meta"))
+            assert noisy.device.type == "meta"
+    assert stock.alphas_cumprod.device.type == "meta"
+    assert patched.alphas_cumprod is before
+    patched.alphas_cumprod.mul_(0.5)  # the moved copy is stale now
+    assert torch.equal(patched.add_noise(x, x, t), _halved(name).add_noise(x, x, t))
+
+
+def _halved(name: str) -> Any:
+    scheduler = make(name)
+    scheduler.alphas_cumprod.mul_(0.5)
+    return scheduler
+
+
+@pytest.mark.parametrize("name", [n for n in AVAILABLE if "scale_model_input" in vars(make(n, True))])
+@pytest.mark.parametrize("start", [None, 0, 2])
+def test_scale_model_input(name: str, start: int | None) -> None:
+    """The same numbers and books, wherever the trajectory starts."""
+    results = []
+    for patched in (False, True):
+        scheduler = make(name, patched)
+        set_timesteps(scheduler, 6)
+        if start is not None:
+            scheduler.set_begin_index(start)
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+        t = scheduler.timesteps[start or 3]
+        results.append((scheduler.scale_model_input(x, t), scheduler.scale_model_input(x, timestep=t), scheduler.step_index))
+    theirs, ours = results
+    assert ours[2] == theirs[2]
+    assert all(torch.equal(a, b) for a, b in zip(ours[:2], theirs[:2], strict=True))
+
+
 UNFUSED: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
     "thresholding": ("DDIMScheduler", {"thresholding": True}, {}, "thresholding"),
     "learned": ("DDPMScheduler", {"variance_type": "learned_range"}, {}, "the variance is learned"),
+    "solver_p": ("UniPCMultistepScheduler", {"solver_p": diffusers.DDIMScheduler()}, {}, "another sampler"),
+    "scale_factors": ("FlowMatchLCMScheduler", {"scale_factors": [0.5, 1.0]}, {}, "resize"),
+    "mask": ("RePaintScheduler", {}, {}, "a mask multiplies"),
+    "tokens": ("VQDiffusionScheduler", {"num_vec_classes": 5}, {}, "samples tokens"),
     "learned dpm": (DPM, {"variance_type": "learned"}, {}, "the variance is learned"),
 }
 
@@ -430,17 +478,18 @@ def test_memory_format(name: str) -> None:
     assert error(results[1], results[0]) < 1e-6
 
 
-def test_mixed_dtypes() -> None:
+@every_sampler
+def test_mixed_dtypes(name: str) -> None:
     """A float32 sample with half model outputs, as from a denoiser in half precision."""
-    for name in CORE:
-        results = []
-        for patched in (False, True):
-            scheduler = make(name, patched)
-            scheduler.set_timesteps(4)
-            x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
-            scale(scheduler, x, scheduler.timesteps[0])
-            torch.manual_seed(0)
-            results.append(scheduler.step(x.flip(0).bfloat16(), scheduler.timesteps[0], x))
-        for key, value in results[0].items():
+    results = []
+    for patched in (False, True):
+        scheduler = make(name, patched)
+        set_timesteps(scheduler, 4)
+        x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+        torch.manual_seed(0)
+        results.append(fields(Walk(scheduler).step(0, x.flip(0).bfloat16(), x)))
+        assert not served(scheduler).startswith("stock")
+    for key, value in results[0].items():
+        if isinstance(value, torch.Tensor):
             assert results[1][key].dtype == value.dtype
             assert error(results[1][key], value) < 1e-2

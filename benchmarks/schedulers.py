@@ -1,0 +1,121 @@
+"""Host time per sampler step, stock against fastdiff, for every scheduler whose step is fused.
+
+A generation of 20 steps, ``set_timesteps`` counted, divided by its steps. The sample is small, so that the time is the
+host's and not the arithmetic's: on a GPU that is what a fast denoiser waits for.
+
+    python benchmarks/schedulers.py                  # all; saves into benchmarks/results/<device>.json
+    python benchmarks/schedulers.py --quick          # few rounds, nothing saved
+    python benchmarks/schedulers.py --only UniPC LMS
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from _harness import Row, compare, result_file, save
+from rich.console import Console
+from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "schedulers"))
+
+STEPS = 20
+SHAPE = (1, 4, 32, 32)
+
+#: (label, class, options). The plain configuration of every class comes besides.
+OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
+    ("DPM++ 2M Karras", "DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    ("DPM++ 3M", "DPMSolverMultistepScheduler", {"solver_order": 3}),
+    ("DPM++ 2M SDE", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("UniPC order 3", "UniPCMultistepScheduler", {"solver_order": 3}),
+    ("UniPC flow", "UniPCMultistepScheduler", {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}),
+    ("flow-match Euler, stochastic", "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+]
+#: The plain configurations' names, where the class's is not the usual one.
+LABELS = {"DPMSolverMultistepScheduler": "DPM++ 2M", "UniPCMultistepScheduler": "UniPC", "LMSDiscreteScheduler": "LMS"}
+TARGETS = {"DPM++ 2M": 4.0, "UniPC": 50.0, "LMS": 50.0}
+
+
+def generation(scheduler: Any) -> Callable[[], int]:
+    """A whole generation with given model outputs; returns the number of steps."""
+    from trajectory import Walk, fields, set_timesteps
+
+    generator = torch.Generator().manual_seed(0)
+    first, model_output = torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
+    # Scaling the model's input is not part of a step; the step asks whether it was done.
+    if hasattr(scheduler, "is_scale_input_called"):
+        scheduler.is_scale_input_called = True
+
+    def generate() -> int:
+        set_timesteps(scheduler, STEPS)
+        walk, sample = Walk(scheduler), first
+        walk.scaled = False
+        for index in range(len(walk.timesteps)):
+            sample = fields(walk.step(index, model_output, sample))["prev_sample"]
+        return len(walk.timesteps)
+
+    return generate
+
+
+def measure(label: str, name: str, config: dict[str, Any], rounds: int) -> Row:
+    """One scheduler: milliseconds per step."""
+    from trajectory import make, served
+
+    patched = make(name, True, **config)
+    stock, fused = generation(make(name, **config)), generation(patched)
+    steps = stock()
+    for _ in range(3):
+        fused()
+    if served(patched) != "cpu":
+        raise RuntimeError(f"{label} is not fused: {served(patched)}")
+    timings = compare({"eager": stock, "fastdiff": fused}, rounds=rounds)
+    return Row(label, "fp32", "stock", [replace(t, median_ms=t.median_ms / steps) for t in timings],
+               target=TARGETS.get(label), extra={"steps": steps, "shape": list(SHAPE)})
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="few rounds; saves nothing")
+    parser.add_argument("--only", nargs="+", default=[], help="parts of the names wanted; saves these rows only")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", help="name of the result file; made from the CPU's features unless given")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
+    from trajectory import AVAILABLE
+
+    cases = [(LABELS.get(n, n.removesuffix("Scheduler")), n, {}) for n in AVAILABLE] + OPTIONS
+    rows = []
+    for label, name, config in cases:
+        if not arguments.only or any(part.lower() in label.lower() for part in arguments.only):
+            rows.append(measure(label, name, config, 3 if arguments.quick else 15))
+    Console().print(_table(rows))
+    if not arguments.quick:
+        save("schedulers", rows, result_file(arguments.device))
+    return 0
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(title=f"host time per step, {STEPS} steps and set_timesteps", title_justify="left")
+    table.add_column("scheduler")
+    for column in ("stock us", "fastdiff us", "stock / fastdiff", "target"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        stock, fused = row.timings
+        ratio = f"{fused.ratio:.1f} ({fused.ratio_low:.1f}-{fused.ratio_high:.1f})"
+        style = "red" if fused.ratio < (row.target or 1.0) else ""
+        table.add_row(row.name, f"{stock.median_ms * 1e3:.1f}", f"{fused.median_ms * 1e3:.1f}", ratio,
+                      f"{row.target:g}" if row.target else "", style=style)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
