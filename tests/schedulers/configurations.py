@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from typing import Any
 
+import diffusers.schedulers
 from trajectory import AVAILABLE
+
+from fastdiff.schedulers.samplers import SAMPLERS, STOCK
 
 Configuration = tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]
 
@@ -14,6 +18,8 @@ ZERO_SNR = {
     "prediction_type": "v_prediction",
     "timestep_spacing": "trailing",
 }
+#: Options that leave a step stock: thresholding, learned variance, another sampler inside, ...
+STOCK_OPTIONS = ("thresholding", "variance_type", "solver_p", "scale_factors", "per_token_timesteps")
 PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
@@ -193,6 +199,14 @@ def _configurations() -> list[Configuration]:
     add("DDPMWuerstchenScheduler", {"scaler": 2.0})
     for name in ("EulerDiscreteScheduler", "EDMEulerScheduler", "FlowMatchHeunDiscreteScheduler"):
         add(name, {}, s_churn=5.0, s_noise=1.1)
+    for prediction in ("sample", "v_prediction"):
+        for name in ("DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverMultistepInverseScheduler"):
+            add(name, {"prediction_type": prediction})
+    add("DDIMInverseScheduler", {"clip_sample": False})  # stock divides by 0 where it predicts the sample
+    add("EDMDPMSolverMultistepScheduler", {"prediction_type": "v_prediction"})
+    add("EulerAncestralDiscreteScheduler", ZERO_SNR)
+    for name in ("DEISMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverMultistepInverseScheduler"):
+        add(name, {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"})
     return found
 
 
@@ -210,3 +224,14 @@ def label(configuration: Configuration) -> str:
     if schedule != {"steps": 8}:
         parts.append("-".join(f"{k}" for k in schedule))
     return "-".join([name.removesuffix("Scheduler"), *parts])
+
+
+def left_stock() -> list[tuple[str, str]]:
+    """What stays stock of the samplers that this Diffusers has: (class, option)."""
+    found = [(name, "all") for name in STOCK if hasattr(diffusers.schedulers, name)]
+    for name in AVAILABLE:
+        cls, sampler = getattr(diffusers.schedulers, name), SAMPLERS[name]
+        known = [*inspect.signature(cls.__init__).parameters, *inspect.signature(getattr(cls, sampler.method)).parameters]
+        found += [(name, option) for option in STOCK_OPTIONS if option in known]
+        found += [(name, method) for method, _ in sampler.others]
+    return found

@@ -17,6 +17,7 @@ from trajectory import AVAILABLE, SHAPE, Walk, error, fields, make, run, scale, 
 from fastdiff.patching import patch, patch_of, unpatch
 from fastdiff.patching._site import site_of
 from fastdiff.schedulers import SAMPLERS
+from fastdiff.schedulers.samplers import STOCK
 from fastdiff.schedulers.stepper import MAX_CONFIGURATIONS, REPLACED
 
 DPM = "DPMSolverMultistepScheduler"
@@ -360,6 +361,13 @@ def test_left_stock(name: str, config: dict[str, Any], step: dict[str, Any], rea
     assert found is not None
     assert not found.sites
     assert reason in found.left[0].reason
+
+
+def test_every_class_is_known() -> None:
+    """One that a new Diffusers adds is either fused or has its reason."""
+    names = {n for n in dir(diffusers.schedulers) if n.endswith("Scheduler")}
+    assert names <= SAMPLERS.keys() | STOCK.keys()
+    assert not SAMPLERS.keys() & STOCK.keys()
 
 
 def test_subclass_is_left_stock() -> None:
