@@ -316,7 +316,9 @@ def components_of(x: Any) -> dict[str, Any] | None:
 def _is_patchable(x: Any) -> bool:
     from diffusers import SchedulerMixin
 
-    return isinstance(x, SchedulerMixin) or family_of(_unwrap(x)) is not None
+    from fastdiff.schedulers.guidance import is_guider
+
+    return isinstance(x, SchedulerMixin) or is_guider(x) or family_of(_unwrap(x)) is not None
 
 
 def _patterns(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

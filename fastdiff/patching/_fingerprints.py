@@ -1,6 +1,12 @@
 """Made by ``python -m fastdiff.patching._make_fingerprints``: function -> hash of its source -> versions."""
 
 FINGERPRINTS: dict[str, dict[str, str]] = {
+    "diffusers.guiders.classifier_free_guidance:ClassifierFreeGuidance.forward": {
+        "3435ef516f2facd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.guiders.guider_utils:rescale_noise_cfg": {
+        "5fb3b92de8af36bb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.activations:GEGLU.forward": {
         "94565c7de8698a8a": "0.38.0 0.39.0 0.40.0",
         "5a502fc858371b55": "0.41.0 0.42.0 0.42.1",

@@ -17,6 +17,8 @@ from typing import Any
 from fastdiff.patching._fingerprint import why_not_version
 from fastdiff.patching._patch import Patch
 from fastdiff.patching._site import SITE, Site
+from fastdiff.schedulers import guidance
+from fastdiff.schedulers.guidance import is_guider
 from fastdiff.schedulers.samplers import SAMPLERS, STOCK, unsupported
 from fastdiff.schedulers.stepper import Stepper
 
@@ -24,7 +26,10 @@ __all__ = ["SAMPLERS", "install", "why_not"]
 
 
 def install(patch: Patch) -> None:
-    """Replace the step of the scheduler that ``patch`` is of, or note why not."""
+    """Replace the step of the scheduler that ``patch`` is of, or the guidance of the guider, or note why not."""
+    if is_guider(patch.root):
+        guidance.install(patch)
+        return
     scheduler = patch.root
     cls = type(scheduler)
     reason = why_not_version() or why_not(scheduler)

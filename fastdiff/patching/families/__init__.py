@@ -102,7 +102,9 @@ def example_of(model: Any) -> dict[str, Any]:
 
 def all_sources() -> set[str]:
     """The names of all functions whose source the guard compares."""
-    return {
+    from fastdiff.schedulers.guidance import SOURCES
+
+    return set(SOURCES) | {
         source
         for family in families()
         for names in ([b.all_sources() for b in family.blocks], [s.sources for s in family.switches])
