@@ -100,7 +100,7 @@ def overhead_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def coverage_table(section: dict[str, Any]) -> str:
+def pipeline_table(section: dict[str, Any]) -> str:
     """One line per model of a pipeline."""
     lines = [
         "| pipeline | model | configuration | places patched | launches a forward | left alone |",
@@ -120,7 +120,7 @@ TABLES = {
     "kernels": kernel_table,
     "models": model_table,
     "overhead": overhead_table,
-    "coverage": coverage_table,
+    "pipelines": pipeline_table,
 }
 
 
