@@ -129,7 +129,10 @@ _CONTROLNET = _TEXT | {
     "conditioning_embedding_out_channels": (8, 12),
 }
 _MOTION = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "motion_num_attention_heads": 4}
-_3D = {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")}
+_3D = {
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}
 
 # Published configurations, as in the checkpoints' config.json or the scripts that converted them.
 _SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}

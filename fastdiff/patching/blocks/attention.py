@@ -114,7 +114,7 @@ def added_kv_attention(
     return h.mT.reshape(hidden_states.shape) + hidden_states
 
 
-def _context(attn: Any, tokens: Tensor) -> Tensor:
+def _context(attn: Any, tokens: Any) -> Tensor:
     """What keys and values are made of."""
     norm = attn.norm_cross
     if norm is None:
