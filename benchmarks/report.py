@@ -100,7 +100,7 @@ def overhead_table(section: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def coverage_table(section: dict[str, Any]) -> str:
+def pipeline_table(section: dict[str, Any]) -> str:
     """One line per model of a pipeline."""
     lines = [
         "| pipeline | model | configuration | places patched | launches a forward | left alone |",
@@ -134,7 +134,7 @@ TABLES = {
     "models": model_table,
     "overhead": overhead_table,
     "schedulers": scheduler_table,
-    "coverage": coverage_table,
+    "pipelines": pipeline_table,
 }
 
 

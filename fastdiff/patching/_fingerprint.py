@@ -68,7 +68,13 @@ def resolve(name: str) -> Any:
     return value
 
 
-@functools.cache
+#: Class -> name -> itself and its bases.
+_bases: dict[type, dict[str, type]] = {}
+
+
 def base(kind: type, name: str) -> type | None:
     """The class named ``module:qualname`` among ``kind`` and its bases; nothing is imported to look for it."""
-    return next((c for c in kind.__mro__ if f"{c.__module__}:{c.__qualname__}" == name), None)
+    bases = _bases.get(kind)
+    if bases is None:
+        bases = _bases[kind] = {f"{c.__module__}:{c.__qualname__}": c for c in kind.__mro__}
+    return bases.get(name)

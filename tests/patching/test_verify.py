@@ -220,6 +220,10 @@ def _only_fp32(x: torch.Tensor) -> None:
         {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 16},
         {"encoder_hid_dim": 16, "encoder_hid_dim_type": "text_proj"},
         {"addition_embed_type": "text", "addition_embed_type_num_heads": 4},
+        {"encoder_hid_dim": 16, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image"},
+        {"encoder_hid_dim": 16, "encoder_hid_dim_type": "image_proj", "addition_embed_type": "image_hint",
+         "in_channels": 8},
+        {"encoder_hid_dim": 16, "encoder_hid_dim_type": "text_image_proj", "addition_embed_type": "text_image"},
     ],
     ids=lambda config: "-".join(map(str, config.values())),
 )
@@ -230,6 +234,7 @@ def test_synthetic_inputs_of_every_conditioning(config: dict[str, Any]) -> None:
 
 
 def test_unknown_conditioning_asks_for_arguments() -> None:
-    model = sd15_unet(encoder_hid_dim=16, encoder_hid_dim_type="image_proj")
-    with pytest.raises(ValueError, match="encoder_hid_dim_type='image_proj': pass the arguments of a forward"):
+    model = sd15_unet()
+    model.register_to_config(encoder_hid_dim=16, encoder_hid_dim_type="ip_image_proj")  # as with an IP-Adapter
+    with pytest.raises(ValueError, match="encoder_hid_dim_type='ip_image_proj': pass the arguments of a forward"):
         fastdiff.verify(model)

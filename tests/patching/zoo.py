@@ -1,6 +1,6 @@
 """Every U-Net, ControlNet and VAE of Diffusers: tiny but structurally true, and as published.
 
-:data:`ZOO` is the one table of which models are covered. The tests build all of them; ``benchmarks/coverage.py``
+:data:`ZOO` is the one table of which models are covered. The tests build all of them; ``benchmarks/pipelines.py``
 makes README's table of pipelines from it. Another model is another row.
 """
 
@@ -128,12 +128,14 @@ _CONTROLNET = _TEXT | {
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "conditioning_embedding_out_channels": (8, 12),
 }
-_VIDEO = _TEXT | {"sample_size": 8, "num_attention_heads": 4}
 _MOTION = {"down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"), "motion_num_attention_heads": 4}
-_3D = {"down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"), "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D")}
+_3D = {
+    "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+    "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+}
 
 # Published configurations, as in the checkpoints' config.json or the scripts that converted them.
-_SD15 = {"cross_attention_dim": 768, "sample_size": 64}
+_SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
 _SD2 = {
     "cross_attention_dim": 1024,
     "attention_head_dim": (5, 10, 20, 20),
@@ -187,20 +189,10 @@ _KL_UP = {"up_block_types": ("UpDecoderBlock2D",) * 4}
 ZOO = (
     Entry(CASES[0], "Stable Diffusion 1.x: text to image, img2img, LCM, Turbo, PAG", "UNet2DConditionModel",
           public=_SD15, source="stable-diffusion-v1-5"),
-    Entry(
-        _case("SD inpainting", "UNet2DConditionModel",
-              {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.20,
-              **_TEXT, **_TEXT_UNET, in_channels=9),
-        "Stable Diffusion 1.x inpainting", "UNet2DConditionModel",
-        public=_SD15 | {"in_channels": 9}, source="stable-diffusion-inpainting",
-    ),
-    Entry(
-        _case("InstructPix2Pix", "UNet2DConditionModel",
-              {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.20,
-              **_TEXT, **_TEXT_UNET, in_channels=8),
-        "InstructPix2Pix", "UNet2DConditionModel",
-        public=_SD15 | {"in_channels": 8}, source="timbrooks/instruct-pix2pix",
-    ),
+    Entry(CASES[0], "Stable Diffusion 1.x inpainting", "UNet2DConditionModel",
+          public=_SD15 | {"in_channels": 9}, source="stable-diffusion-inpainting"),
+    Entry(CASES[0], "InstructPix2Pix", "UNet2DConditionModel",
+          public=_SD15 | {"in_channels": 8}, source="timbrooks/instruct-pix2pix"),
     Entry(
         _case("SD2", "UNet2DConditionModel",
               {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.24,

@@ -114,7 +114,7 @@ def added_kv_attention(
     return h.mT.reshape(hidden_states.shape) + hidden_states
 
 
-def _context(attn: Any, tokens: Tensor) -> Tensor:
+def _context(attn: Any, tokens: Any) -> Tensor:
     """What keys and values are made of."""
     norm = attn.norm_cross
     if norm is None:
@@ -168,20 +168,21 @@ def _refuse(module: Any) -> str | None:
         return reason
     if module.group_norm is not None and type(module.group_norm) is not nn.GroupNorm:
         return f"its norm is a {type(module.group_norm).__name__}"
-    if getattr(module, "added_kv_proj_dim", None) is not None:
+    if module.added_kv_proj_dim is not None:
         return "it has added key and value projections"
     return None
 
 
 def _refuse_added(module: Any) -> str | None:
-    reason = _why_not_added(module)
+    reason = "it has a SpatialNorm" if module.spatial_norm is not None else _why_never(module)
     if reason is not None:
         return reason
     return None if type(module.group_norm) is nn.GroupNorm else f"its norm is a {type(module.group_norm).__name__}"
 
 
 def _has_added(module: Any) -> bool:
-    return type(module.processor) is AttnAddedKVProcessor2_0
+    # Joint attention has queries of the text, too, and says what becomes of them.
+    return module.added_kv_proj_dim is not None and module.context_pre_only is None
 
 
 ATTENTION = Block(

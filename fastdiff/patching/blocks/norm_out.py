@@ -91,6 +91,6 @@ def norm_out(cls: str, norm: str = "conv_norm_out", activation: str = "conv_act"
         state=lambda module: (module, norm, activation),
         reference=stock_pair,
         covers=(norm,),
-        # A SpatialNorm has a row of its own.
-        applies=lambda module: getattr(module, norm, None) is not None and not hasattr(getattr(module, norm), "norm_layer"),
+        # A U-Net may have none, and a SpatialNorm has a row of its own.
+        applies=lambda module: type(getattr(module, norm)).__name__ not in ("NoneType", "SpatialNorm"),
     )

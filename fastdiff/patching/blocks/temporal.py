@@ -44,7 +44,7 @@ def temporal_resnet_block(self: Any, input_tensor: Tensor, temb: Tensor | None) 
 
 
 def _silu_of_base(silu: nn.Module, temb: Tensor) -> Tensor:
-    """``silu(temb)``; where that is a view of all of the tensor that the spatial blocks get, of that one, once."""
+    """``silu(temb)``: a view per frame of one and the same tensor, which is new in every block."""
     whole = temb._base
     if whole is None or whole.numel() != temb.numel() or not (whole.is_contiguous() and temb.is_contiguous()):
         return silu(temb)

@@ -40,22 +40,15 @@ def masked(model: Any) -> dict[str, Any]:
 
 
 _PARTS = ("encoder", "decoder")
-FAMILIES = (
-    Family(f"{_VAES}.autoencoder_kl:AutoencoderKL", unets.BLOCKS, picture, unets.SWITCHES, _PARTS),
-    Family(
-        f"{_VAES}.autoencoder_kl_temporal_decoder:AutoencoderKLTemporalDecoder",
-        (*unets.BLOCKS, norm_out(_TEMPORAL_DECODER)),
-        clip,
-        unets.SWITCHES,
-        _PARTS,
-    ),
-    Family(
-        f"{_VAES}.autoencoder_asym_kl:AsymmetricAutoencoderKL",
-        (*unets.BLOCKS, norm_out(_MASK_DECODER)),
-        masked,
-        unets.SWITCHES,
-        _PARTS,
-    ),
-    Family(f"{_VAES}.vq_model:VQModel", unets.BLOCKS, picture, unets.SWITCHES, _PARTS),
-    Family(f"{_VAES}.consistency_decoder_vae:ConsistencyDecoderVAE", unets.BLOCKS, picture, unets.SWITCHES, ("encoder", "decoder_unet")),
+#: Class -> its own row if it has one, its inputs, the modules that a pipeline calls.
+_CLASSES = {
+    "autoencoder_kl:AutoencoderKL": ((), picture, _PARTS),
+    "autoencoder_kl_temporal_decoder:AutoencoderKLTemporalDecoder": ((norm_out(_TEMPORAL_DECODER),), clip, _PARTS),
+    "autoencoder_asym_kl:AsymmetricAutoencoderKL": ((norm_out(_MASK_DECODER),), masked, _PARTS),
+    "vq_model:VQModel": ((), picture, _PARTS),
+    "consistency_decoder_vae:ConsistencyDecoderVAE": ((), picture, ("encoder", "decoder_unet")),
+}
+FAMILIES = tuple(
+    Family(f"{_VAES}.{cls}", (*unets.BLOCKS, *rows), example, unets.SWITCHES, parts)
+    for cls, (rows, example, parts) in _CLASSES.items()
 )

@@ -88,7 +88,5 @@ FAMILIES = (
     Family(_MULTI, unets.BLOCKS, several, unets.SWITCHES),
     Family(_UNION, unets.BLOCKS, union, unets.SWITCHES),
     Family(_SPARSE, unets.BLOCKS, sparse, unets.SWITCHES),
-    Family(
-        _XS, (*unets.BLOCKS, norm_out(_XS, "base_conv_norm_out", "base_conv_act")), plain, unets.SWITCHES,
-    ),  # fmt: skip
+    Family(_XS, (*unets.BLOCKS, norm_out(_XS, "base_conv_norm_out", "base_conv_act")), plain, unets.SWITCHES),
 )

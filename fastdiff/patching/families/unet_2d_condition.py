@@ -17,8 +17,11 @@ def example(model: Any) -> dict[str, Any]:
         ValueError: if the model wants conditions whose shapes its configuration does not say.
     """
     size = unets.size_for(model)
+    channels = model.config.in_channels
+    if model.config.addition_embed_type == "image_hint":
+        channels -= 4  # the model appends its embedding of the hint
     return {
-        "sample": torch.randn(2, model.config.in_channels, size, size, **unets.like(model)),
+        "sample": torch.randn(2, channels, size, size, **unets.like(model)),
         "timestep": unets.timesteps(model),
         "encoder_hidden_states": unets.text(model),
         **unets.class_labels(model),

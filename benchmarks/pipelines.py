@@ -1,6 +1,6 @@
 """What patching covers in each published model: places replaced, and launches of a forward before and after.
 
-python benchmarks/coverage.py          # writes benchmarks/results/coverage.json; report.py makes README's table of it
+python benchmarks/pipelines.py          # writes benchmarks/results/pipelines.json; report.py makes README's table of it
 
 Models are those of tests/patching/zoo.py, with their published configurations where there are some, else tiny. They
 run on fake tensors, which have shapes but no memory: kernels are chosen and operations dispatched as for real ones.
@@ -26,7 +26,7 @@ from fastdiff import backends
 from fastdiff.patching.families import example_of
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results" / "coverage.json"
+RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 sys.path.insert(0, str(ROOT / "tests" / "patching"))
 
 from zoo import ZOO, Entry, model_class  # noqa: E402
@@ -71,7 +71,7 @@ def main() -> None:
         rows.append(count(entry))
         print(json.dumps(rows[-1]), flush=True)
     section = {"environment": {"diffusers": diffusers.__version__}, "rows": rows}
-    RESULTS.write_text(json.dumps({"coverage": section}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"pipelines": section}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,47 @@
+"""The published configurations: patched without weights, and what README's table says of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import diffusers
+import pytest
+from zoo import ZOO, Entry
+
+import fastdiff
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TABLE = json.loads((BENCHMARKS / "results" / "pipelines.json").read_text())["pipelines"]
+
+
+@pytest.mark.parametrize("entry", [e for e in ZOO if e.public is not None], ids=lambda e: e.pipelines)
+def test_places(entry: Entry) -> None:
+    """On the meta device: enough places are patched, the others say why."""
+    report = fastdiff.report(fastdiff.patch(entry.published()))
+    left = [row for row in report.rows if row.backend == "stock"]
+    assert len(report.rows) > 20
+    assert 1 - len(left) / len(report.rows) >= entry.least
+    assert {row.reason for row in left} <= {"conv_act is a GELU"}
+
+
+def test_table_is_of_the_zoo() -> None:
+    wanted = [(e.pipelines, e.cls, e.source or "tiny") for e in ZOO]
+    assert [(row["pipelines"], row["model"], row["configuration"]) for row in TABLE["rows"]] == wanted
+    for row in TABLE["rows"]:
+        assert row["patched"] + sum(row["left"].values()) == row["places"]
+        assert row["after"] < row["before"]
+
+
+@pytest.mark.skipif(
+    TABLE["environment"]["diffusers"] != diffusers.__version__, reason="the table is of another Diffusers"
+)
+@pytest.mark.parametrize("index", [i for i, e in enumerate(ZOO) if e.cls in ("ControlNetModel", "VQModel")])
+def test_table_is_up_to_date(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted again; ``python benchmarks/pipelines.py`` counts all."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import pipelines
+
+    monkeypatch.delitem(sys.modules, "pipelines")
+    assert pipelines.count(ZOO[index]) == TABLE["rows"][index]
