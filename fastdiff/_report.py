@@ -13,7 +13,7 @@ from rich.text import Text
 from torch import nn
 
 from fastdiff._launches import count_launches
-from fastdiff.patching import Patch, components_of, follows, patches_of
+from fastdiff.patching import Patch, components_of, follows, patches_of, unwrap
 from fastdiff.patching._site import Site
 from fastdiff.patching.families import example_of
 
@@ -158,8 +158,10 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
 
     Raises:
         TypeError: if ``x`` is neither a pipeline nor a model or scheduler that fastdiff knows.
-        ValueError: if ``x`` is not patched.
+        ValueError: if ``x`` is not patched, or ``launches`` is something else.
     """
+    if not isinstance(launches, (bool, Mapping)):
+        raise ValueError(f"launches is {launches!r}; expected True, False or the keyword arguments of a forward")
     found = patches_of(x)
     if not found:
         raise ValueError(f"this {type(x).__name__} is not patched")
@@ -169,7 +171,7 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
     counts: list[Launches] = []
     patches = {id(root): patch for root, patch in found}
     for name, component in ({"": x} if components is None else components).items():
-        component = getattr(component, "_orig_mod", component) if isinstance(component, nn.Module) else component
+        component = unwrap(component)
         patch = patches.get(id(component))
         if patch is not None:
             rows += [_row(name, site) for site in patch.sites]
@@ -198,7 +200,7 @@ def _row(prefix: str, site: Site) -> Row:
     if not all(replacement.installed() for replacement in site.replacements):
         reason = "replaced by somebody else since it was patched"
         return Row(path, cls, site.what, {}, STOCK, reason, site.kernel)
-    served = {slot: choice.backend for slot, choice in site.served.items()}
+    served = {slot: choice.backend for slot, choice in list(site.served.items())}
     if site.declined:
         served = {"call": "eager"}
     backend = ", ".join(dict.fromkeys(served.values())) or NOT_RUN

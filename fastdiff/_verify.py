@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor, nn
 
-from fastdiff.patching import components_of, patched, patches_of
+from fastdiff.patching import components_of, patched, patches_of, unwrap
 from fastdiff.patching._patch import PATCH, Patch
 from fastdiff.patching._site import SITE, Site, site_of
 from fastdiff.patching.families import Family, example_of, family_of
@@ -154,7 +154,7 @@ def verify(x: Any, *, seed: int = 0, **call: Any) -> Verification:
     named = {"": x} if components is None else components
     patches = {
         name: patch for name, c in named.items() for root, patch in patches_of(x)
-        if root is getattr(c, "_orig_mod", c)
+        if root is unwrap(c)
     }  # fmt: skip
     models = {name: patch for name, patch in patches.items() if isinstance(patch.root, nn.Module)}
     if not models:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 #: Name, in the ``__dict__`` of a patched pipeline, of its :class:`Claim` on its components' patches.
 CLAIM = "_fastdiff_claim"
 
-__all__ = ["Options", "Patch", "components_of", "patch", "patch_of", "patched", "patches_of", "unpatch"]
+__all__ = ["Options", "Patch", "components_of", "patch", "patch_of", "patched", "patches_of", "unpatch", "unwrap"]
 
 
 def patch(
@@ -91,28 +91,29 @@ def unpatch(x: T) -> T:
         ValueError: if ``x`` is not patched.
     """
     if components_of(x) is None:
-        found = patch_of(_unwrap(x))
+        found = patch_of(unwrap(x))
         if found is None:
             raise ValueError(f"this {type(x).__name__} is not patched")
         found.restore()
         return x
-    claim = vars(x).pop(CLAIM, None)
+    claim = vars(x).get(CLAIM)
     if claim is None:
         raise ValueError(f"this {type(x).__name__} is not patched")
     claim.unfollow()
     for found in list(claim.patches):
         _release(claim, found)
+    del vars(x)[CLAIM]  # last: what was interrupted can be repeated
     return x
 
 
 def _release(claim: Claim, found: Patch) -> None:
     """Take a claim from a patch, which goes with the last."""
-    claim.patches.discard(found)
     found.claims.pop(claim, None)
     if not found.claims:
         found.restore()
     elif (wanted := list(found.claims.values())[-1]) != found.options:
         _patch_one(found.root, wanted, None, keep_claims=True)
+    claim.patches.discard(found)
 
 
 def progress_bar(pipe: Any, *args: Any, **kwargs: Any) -> Any:
@@ -160,7 +161,7 @@ class _Before:
 
     def __init__(self, x: Any) -> None:
         components = components_of(x)
-        roots = [_unwrap(c) for c in ([x] if components is None else components.values()) if _is_patchable(c)]
+        roots = [unwrap(c) for c in ([x] if components is None else components.values()) if _is_patchable(c)]
         self.patches = [(root, patch_of(root)) for root in roots]
         self.claims = [dict(found.claims) if found is not None else {} for _, found in self.patches]
         self.x = x
@@ -173,6 +174,10 @@ class _Before:
         for (root, earlier), claims in zip(self.patches, self.claims, strict=True):
             found = patch_of(root)
             if found is earlier:
+                if found is not None:  # an interrupt may have come while it was being taken out
+                    found.reinstall()
+                    for holder in found.claims:
+                        holder.patches.add(found)
                 continue
             if found is not None:
                 ours = {claim, found.own} - {None}
@@ -200,7 +205,7 @@ class _Before:
 def patches_of(x: Any) -> list[tuple[Any, Patch]]:
     """The patched objects in ``x`` with their patches: of a pipeline its components, else ``x`` itself."""
     components = components_of(x)
-    roots = [_unwrap(x)] if components is None else [_unwrap(c) for c in components.values()]
+    roots = [unwrap(x)] if components is None else [unwrap(c) for c in components.values()]
     return [(root, found) for root in roots if (found := patch_of(root)) is not None]
 
 
@@ -213,7 +218,7 @@ def _patch_one(
     claims: Mapping[Claim, Options] | None = None,
 ) -> None:
     """Patch one object for whoever has claims on it already, and for ``claim``, or else for itself."""
-    root = _unwrap(x)
+    root = unwrap(x)
     earlier = patch_of(root)
     new = Patch(root, options)
     claims = dict(claims or {})
@@ -293,9 +298,14 @@ def _why_changed(module: nn.Module, cls: type, block: Block) -> str | None:
     return why_not_source(block.all_sources())
 
 
-def _unwrap(x: Any) -> Any:
-    """The module inside of a ``torch.compile`` wrapper, or ``x``."""
-    return getattr(x, "__dict__", {}).get("_modules", {}).get("_orig_mod", x)
+def unwrap(x: Any) -> Any:
+    """The module inside of wrappers of ``torch.compile`` and ``DistributedDataParallel``, or ``x``."""
+    while isinstance(x, nn.Module):
+        wrapper = "module" if isinstance(x, nn.parallel.DistributedDataParallel) else "_orig_mod"
+        if wrapper not in x._modules:
+            break
+        x = x._modules[wrapper]
+    return x
 
 
 def components_of(x: Any) -> dict[str, Any] | None:
@@ -318,7 +328,7 @@ def _is_patchable(x: Any) -> bool:
 
     from fastdiff.schedulers.guidance import is_guider
 
-    return isinstance(x, SchedulerMixin) or is_guider(x) or family_of(_unwrap(x)) is not None
+    return isinstance(x, SchedulerMixin) or is_guider(x) or family_of(unwrap(x)) is not None
 
 
 def _patterns(name: str, value: str | Iterable[str]) -> tuple[str, ...]:

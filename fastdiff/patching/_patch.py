@@ -113,18 +113,22 @@ class _Change:
     owner: Any
     name: str
     new: Any
-    old: Any = Absent
+    old: Any = None
+    installed: bool = False
 
     def install(self) -> None:
-        self.old = vars(self.owner).get(self.name, Absent)
-        setattr(self.owner, self.name, self.new)
+        if not self.installed:
+            self.old = vars(self.owner).get(self.name, Absent)
+            self.installed = True
+            setattr(self.owner, self.name, self.new)
 
     def restore(self) -> None:
-        if vars(self.owner).get(self.name, Absent) is self.new:
+        if self.installed and vars(self.owner).get(self.name, Absent) is self.new:
             if self.old is Absent:
                 delattr(self.owner, self.name)
             else:
                 setattr(self.owner, self.name, self.old)
+        self.installed = False
 
 
 @dataclass(eq=False)
@@ -179,11 +183,13 @@ class Patch:
         site = Site(
             owner, path, what, replacements, self.options.backend, state=state, reference=reference, kernel=kernel
         )  # fmt: skip
+        sites = self.layouts if layout else self.sites
+        sites.append(site)  # first, so that restore undoes what an interrupt leaves half done
         reason = self.options.why_not(path) or site.install()
         if reason is not None:
+            sites.remove(site)
             self.leave(path, owner, what, reason, kernel=kernel and not layout)
             return None
-        (self.layouts if layout else self.sites).append(site)
         return site
 
     def leave(self, path: str, owner: Any, what: str, reason: str, *, kernel: bool = True) -> None:
@@ -198,9 +204,10 @@ class Patch:
     def replace(self, owner: Any, name: str, function: Callable[..., Any]) -> str | None:
         """Replace a method without making it a site; returns why that is impossible."""
         replacement = Replacement(owner, name, function)
+        self._changes.append(replacement)
         reason = replacement.install()
-        if reason is None:
-            self._changes.append(replacement)
+        if reason is not None:
+            self._changes.remove(replacement)
         return reason
 
     def names_any(self) -> bool:
@@ -209,7 +216,9 @@ class Patch:
         return any(map(self.options.named, paths))
 
     def restore(self) -> None:
-        """Undo everything; the root no longer refers to the patch afterwards."""
+        """Undo everything; the root no longer refers to the patch afterwards. Nothing if another took its place."""
+        if patch_of(self.root) is not self:
+            return
         for change in reversed(self._changes):
             change.restore()
         for site in reversed([*self.sites, *self.layouts]):
@@ -226,7 +235,7 @@ class Patch:
             self.reinstall()
 
     def reinstall(self) -> None:
-        """Undo :meth:`restore`."""
+        """Undo :meth:`restore`, even one that was interrupted."""
         vars(self.root)[PATCH] = self
         for site in [*self.sites, *self.layouts]:
             site.install()

@@ -24,6 +24,16 @@ from fastdiff.ops._library import FusedOp
 SITE = "_fastdiff_site"
 
 
+class _Unbound:
+    """A replacement as a function that takes its owner first."""
+
+    def __init__(self, bound: Callable[..., Any]) -> None:
+        self.bound = bound
+
+    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.bound(*args, **kwargs)
+
+
 class Replacement:
     """One method of one object, replaced by ``function(owner, ...)``.
 
@@ -39,6 +49,7 @@ class Replacement:
         self.owner = owner
         self.name = name
         self.new: Any = functools.partial(function, owner)
+        vars(self.new)["__func__"] = _Unbound(self.new)  # as a method has; accelerate binds that anew
         signature = _signature(getattr(type(owner), name))
         if list(signature.parameters) != list(_signature(function).parameters)[1:]:
             vars(self.new)["__signature__"] = signature  # pipelines look at it for the arguments a model takes
@@ -46,7 +57,9 @@ class Replacement:
         self._suspended: Any = None
 
     def install(self) -> str | None:
-        """Install it; returns why that is impossible, and then has changed nothing."""
+        """Install it, unless it is; returns why that is impossible, and then has changed nothing."""
+        if self.installed():
+            return None
         self.own = self.name in vars(self.owner)
         captured: list[tuple[Any, str]] = [(self.owner, self.name)]
         if self.own:
@@ -194,7 +207,7 @@ class Site:
         """Why the latest call was not served by kernels alone; empty when it was, or nothing ran yet."""
         if self.declined:
             return self.declined
-        return "; ".join(dict.fromkeys(f"{s}: {c.reason}" for s, c in self.served.items() if c.reason))
+        return "; ".join(dict.fromkeys(f"{s}: {c.reason}" for s, c in list(self.served.items()) if c.reason))
 
     def __getstate__(self) -> dict[str, Any]:
         # A Choice holds functions that do not pickle, and speaks of calls that a copy has not made.
@@ -207,8 +220,8 @@ def site_of(owner: Any) -> Site | None:
 
 
 def _name(value: Any) -> str:
-    while isinstance(value, functools.partial):
-        value = value.func
-    if isinstance(value, (FunctionType, MethodType)):
+    while isinstance(value, (functools.partial, MethodType)):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
+    if isinstance(value, FunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     return type(value).__qualname__
