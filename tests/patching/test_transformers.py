@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import Counter
 
 import pytest
@@ -77,3 +78,24 @@ def test_unpatch_is_exact(case: Transformer) -> None:
     for name, module in model.named_modules():
         assert vars(module).keys() == state[name].keys(), name
         assert all(vars(module)[k] is v for k, v in state[name].items()), name
+
+
+#: Their own forwards do not run on meta: two read values of tensors, one makes its rotary tables on the CPU.
+_NOT_ON_META = {"Lumina2", "Z-Image", "CogView4"}
+
+
+@BY_NAME
+def test_published_sizes(case: Transformer) -> None:
+    """With published sizes on the meta device, nothing but the device keeps any site from its kernel."""
+    model = case.published()
+    fastdiff.patch(model)
+    rows = fastdiff.report(model).rows
+    stock = Counter((row.cls, row.reason) for row in rows if row.backend == "stock")
+    assert stock.keys() == case.left.keys()
+    assert {row.cls for row in rows if row.backend != "stock"} == case.sites.keys()
+    if case.name in _NOT_ON_META:
+        return
+    outputs(model, case.inputs(0, model=model))
+    for row in fastdiff.report(model).rows:
+        if row.backend != "stock":
+            assert re.fullmatch(r"([\w' -]+: cpu: a tensor is on meta(; )?)+", row.reason), row

@@ -63,6 +63,12 @@ class Transformer:
         """The model with random weights."""
         return _randomized(self.cls(**self.config | (self.depth if deep else {})))
 
+    def published(self) -> Any:
+        """A model of published sizes on the meta device."""
+        config = {"num_layers": 2} | _REAL[self.name]
+        with torch.device("meta"):
+            return self.cls(**{k: v for k, v in config.items() if v is not None}).eval().requires_grad_(False)
+
     def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:
         """The family's example for one seed."""
         model = self.build() if model is None else model
@@ -261,3 +267,46 @@ TRANSFORMERS = [
                 {"CogView4TransformerBlock": 2, "CogView4AdaLayerNormZero": 2, "Attention": 2, "GELU": 2,
                  "CogView4AdaLayerNormContinuous": 1}),
 ]  # fmt: skip
+
+_SD3_REAL = {
+    "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_attention_heads": 24, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+_FLUX_REAL = {"num_single_layers": 2, "guidance_embeds": True}
+_WAN_REAL = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
+_COGVIDEOX_REAL = {"sample_width": 90, "sample_height": 60, "sample_frames": 49}
+
+#: Changes of the classes' defaults that make the published configurations, but for the number of blocks.
+_REAL: dict[str, dict[str, Any]] = {
+    "Flux dev": _FLUX_REAL,
+    "Flux schnell": _FLUX_REAL | {"guidance_embeds": False},
+    "Flux Fill": _FLUX_REAL | {"in_channels": 384, "out_channels": 64},
+    "Flux ControlNet": _FLUX_REAL,
+    "SD3": _SD3_REAL,
+    "SD3.5 medium": _SD3_REAL | {"qk_norm": "rms_norm", "dual_attention_layers": (0,), "pos_embed_max_size": 384},
+    "SD3.5 large": _SD3_REAL | {"qk_norm": "rms_norm", "num_attention_heads": 38, "caption_projection_dim": 2432},
+    "PixArt": {"caption_channels": 4096},
+    "Wan T2V": {"num_attention_heads": 12, "ffn_dim": 8960, "cross_attn_norm": True},
+    "Wan I2V": _WAN_REAL | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "Flux2": {"num_single_layers": 2},
+    "Qwen-Image": {},
+    "Qwen-Image-Edit": {"zero_cond_t": True},
+    "Z-Image": {"num_layers": None, "n_layers": 2},
+    "LTX": {},
+    "HunyuanVideo": {"num_single_layers": 2},
+    "HunyuanVideo I2V": {"num_single_layers": 2, "image_condition_type": "token_replace"},
+    "CogVideoX 5B": _COGVIDEOX_REAL | {"num_attention_heads": 48, "use_rotary_positional_embeddings": True},
+    "CogVideoX 2B": _COGVIDEOX_REAL,
+    "Chroma": {"num_single_layers": 2},
+    "AuraFlow": {"num_layers": None, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "pos_embed_max_size": 9216},
+    "Lumina2": {},
+    "Sana": {},
+    "Sana Sprint": {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
+    "Latte": {
+        "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 1152, "patch_size": 2,
+        "attention_bias": True, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False, "caption_channels": 4096,
+    },
+    "Stable Audio": {},
+    "CogView4": {"num_attention_heads": 32, "attention_head_dim": 128},
+}  # fmt: skip

@@ -140,6 +140,18 @@ def family_of(model: Any) -> Family | None:
     return family
 
 
+def example_of(model: Any) -> dict[str, Any]:
+    """Keyword arguments of a small synthetic forward.
+
+    Raises:
+        ValueError: if nothing is known of the model's inputs, or not enough.
+    """
+    family = family_of(model)
+    if family is None or family.example is None:
+        raise ValueError(f"no synthetic inputs for {type(model).__name__}: pass the arguments of a forward")
+    return family.example(model)
+
+
 def all_sources() -> set[str]:
     """The names of all functions whose source the guard compares."""
     return {

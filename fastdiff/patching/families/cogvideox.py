@@ -34,7 +34,7 @@ def two_streams(
 
 
 @guarded("norm")
-def ada_layer_norm(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Tensor | None = None) -> Tensor:
+def ada_layer_norm(self: Any, x: Tensor, timestep: Tensor | None = None, temb: Any = None) -> Tensor:
     """Replaces ``AdaLayerNorm.forward`` where ``chunk_dim`` is 1."""
     site = self._fastdiff_site
     if self.emb is not None:

@@ -42,7 +42,8 @@ def sana_block(
         )
     h = modulated(site, "norm2", self.norm2, hidden_states, scale_mlp, shift_mlp)
     h = self.ff(h.unflatten(1, (height, width)).permute(0, 3, 1, 2))
-    return gated(site, "feed-forward gate", h.flatten(2, 3).permute(0, 2, 1), gate_mlp, hidden_states)
+    h = h.flatten(2, 3).permute(0, 2, 1).contiguous()  # as it is where the convolutions run channels-last
+    return gated(site, "feed-forward gate", h, gate_mlp, hidden_states)
 
 
 @guarded()
