@@ -28,7 +28,7 @@ from diffusers.hooks import (
 )
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
-from transformer_models import TRANSFORMERS, Transformer, outputs
+from transformer_models import TRANSFORMERS, Transformer, outputs, tensors, to_dtype
 
 import fastdiff
 from fastdiff.patching._site import site_of
@@ -233,6 +233,40 @@ def test_layer_skip(name: str, config: LayerSkipConfig) -> None:
     expected = outputs(stock, inputs)
     assert (expected - plain).norm() > 1e-3 * plain.norm()
     assert (outputs(model, inputs) - expected).norm() <= 1e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
+def test_autocast_runs_stock(case: Transformer) -> None:
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = outputs(model, inputs)
+        fastdiff.patch(model)
+        assert torch.equal(outputs(model, inputs), eager)
+    assert all(not row.fused for row in fastdiff.report(model).rows)
+
+
+@pytest.mark.parametrize("case", SHAPES, ids=lambda c: c.name)
+def test_gradients(case: Transformer) -> None:
+    """Of all weights, eager's, and no further from fp64's."""
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    seed = torch.randn(outputs(model, inputs).shape, generator=torch.Generator().manual_seed(0))
+    model.requires_grad_(True)
+    exact = copy.deepcopy(model).double()
+
+    def gradients(m: nn.Module, arguments: dict[str, Any], direction: Tensor) -> list[Tensor]:
+        result = torch.cat([t.flatten() for t in tensors(m(**arguments, return_dict=False))])
+        found = torch.autograd.grad((result * direction).sum(), list(m.parameters()), allow_unused=True)
+        return [g for g in found if g is not None]
+
+    truth = gradients(exact, to_dtype(inputs, torch.float64), seed.double())
+    expected = gradients(model, inputs, seed)
+    fastdiff.patch(model)
+    ours = gradients(model, inputs, seed)
+    assert len(ours) == len(expected) > 20
+    for got, want, true in zip(ours, expected, truth, strict=True):
+        assert (got - want).norm() <= 1e-5 * want.norm() + 4 * (want - true).norm()
 
 
 @pytest.mark.parametrize("case", TRACED, ids=lambda c: c.name)

@@ -30,7 +30,7 @@ from diffusers import (
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
-from models import _randomized
+from models import randomized
 from torch import Tensor, nn
 
 from fastdiff.patching.families import family_of
@@ -61,12 +61,12 @@ class Transformer:
 
     def build(self, *, deep: bool = False) -> Any:
         """The model with random weights."""
-        return _randomized(self.cls(**self.config | (self.depth if deep else {})))
+        return randomized(self.cls(**self.config | (self.depth if deep else {})))
 
-    def published(self) -> Any:
-        """A model of published sizes on the meta device."""
-        config = {"num_layers": 2} | _REAL[self.name]
-        with torch.device("meta"):
+    def published(self, *, deep: bool = False, device: str = "meta") -> Any:
+        """A model of published sizes without weights, with few blocks of each kind or all."""
+        config = {"num_layers": 2} | _REAL[self.name] | (self.depth if deep else {})
+        with torch.device(device):
             return self.cls(**{k: v for k, v in config.items() if v is not None}).eval().requires_grad_(False)
 
     def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:

@@ -125,14 +125,14 @@ def block_row(
 
 
 @guarded("norm")
-def zero_single(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def zero_single(self: Any, x: Tensor, emb: Any = None) -> tuple[Tensor, Tensor]:
     """Replaces ``AdaLayerNormZeroSingle.forward``."""
     shift, scale, gate = self.linear(activated_once(self.silu, emb)).chunk(3, dim=1)
     return modulated(self._fastdiff_site, "norm", self.norm, x, scale, shift), gate
 
 
 @guarded("norm")
-def zero_x(self: Any, hidden_states: Tensor, emb: Tensor | None = None) -> tuple[Tensor, ...]:
+def zero_x(self: Any, hidden_states: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
     """Replaces ``SD35AdaLayerNormZeroX.forward``: the norm is computed twice, which is less than one more pass."""
     site, norm = self._fastdiff_site, self.norm
     modulation = self.linear(activated_once(self.silu, emb)).chunk(9, dim=1)

@@ -50,7 +50,7 @@ def ada_layer_norm_zero(
     timestep: Tensor | None = None,
     class_labels: Tensor | None = None,
     hidden_dtype: torch.dtype | None = None,
-    emb: Tensor | None = None,
+    emb: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Replaces ``AdaLayerNormZero.forward``."""
     site = self._fastdiff_site

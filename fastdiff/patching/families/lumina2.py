@@ -20,7 +20,7 @@ _NORMS = "diffusers.models.normalization"
 
 
 @guarded("norm")
-def rms_zero(self: Any, x: Tensor, emb: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rms_zero(self: Any, x: Tensor, emb: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Replaces ``LuminaRMSNormZero.forward``."""
     scale, gate, scale_mlp, gate_mlp = self.linear(activated_once(self.silu, emb)).chunk(4, dim=1)
     return modulated(self._fastdiff_site, "norm", self.norm, x, scale), gate, scale_mlp, gate_mlp

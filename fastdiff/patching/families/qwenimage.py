@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdiff.patching.blocks import once
+from fastdiff.patching.blocks import activated_once, is_plain, once
 from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_CONTINUOUS,
     GATES,
@@ -35,6 +35,14 @@ def _modulation(parameters: Tensor, index: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(torch.where(first, t[:batch, None], t[batch:, None]) for t in found)
 
 
+def _project(modulation: Any, temb: Tensor) -> Tensor:
+    """``modulation(temb)``: a SiLU, the same in all blocks, and a linear layer."""
+    if not is_plain(modulation, nn.Sequential) or len(modulation) != 2:
+        return modulation(temb)
+    activation, linear = modulation
+    return linear(activated_once(activation, temb))
+
+
 @guarded("img_norm1", "img_norm2", "txt_norm1", "txt_norm2")
 def qwen_block(
     self: Any,
@@ -48,8 +56,9 @@ def qwen_block(
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``QwenImageTransformerBlock.forward``."""
     site = self._fastdiff_site
-    image_mod = _modulation(self.img_mod(temb), modulate_index)
-    text_mod = _modulation(self.txt_mod(temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb), None)
+    image_mod = _modulation(_project(self.img_mod, temb), modulate_index)
+    text_temb = temb.chunk(2, dim=0)[0] if self.zero_cond_t else temb
+    text_mod = _modulation(_project(self.txt_mod, text_temb), None)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = image_mod
     text_shift, text_scale, text_gate, text_shift_mlp, text_scale_mlp, text_gate_mlp = text_mod
     h = modulated(site, "image norm1", self.img_norm1, hidden_states, scale, shift)
