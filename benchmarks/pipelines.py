@@ -2,8 +2,9 @@
 
 python benchmarks/pipelines.py          # writes benchmarks/results/pipelines.json; report.py makes README's table of it
 
-Models are those of tests/patching/zoo.py, with their published configurations where there are some, else tiny. They
-run on fake tensors, which have shapes but no memory: kernels are chosen and operations dispatched as for real ones.
+Models are those of tests/patching/zoo.py and transformer_models.py, with their published configurations where there
+are some, else tiny. They run on fake tensors, which have shapes but no memory: kernels are chosen and operations
+dispatched as for real ones.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import diffusers
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 
 import fastdiff
 from fastdiff import backends
@@ -29,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 sys.path.insert(0, str(ROOT / "tests" / "patching"))
 
+from transformer_models import TRANSFORMERS, Transformer  # noqa: E402
 from zoo import ZOO, Entry, model_class  # noqa: E402
 
 
@@ -42,20 +45,18 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-def count(entry: Entry) -> dict[str, Any]:
+def count(model: Any, pipelines: str, configuration: str) -> dict[str, Any]:
     """One line of the table."""
-    with fake_tensors():
-        model = entry.case.build() if entry.public is None else model_class(entry.cls)(**entry.public).eval()
-        inputs = example_of(model)
-        fastdiff.patch(model)(**inputs)
-        report = fastdiff.report(model, launches=inputs)
+    inputs = example_of(model)
+    fastdiff.patch(model)(**inputs)
+    report = fastdiff.report(model, launches=inputs)
     (launches,) = report.launches
     places = [row for row in report.rows if row.kernel]
     left = Counter(f"{row.cls}: {row.reason or row.backend}" for row in places if not row.fused)
     return {
-        "pipelines": entry.pipelines,
-        "model": entry.cls,
-        "configuration": entry.source or "tiny",
+        "pipelines": pipelines,
+        "model": type(model).__name__,
+        "configuration": configuration,
         "places": len(places),
         "patched": report.fused,
         "left": left,
@@ -64,12 +65,29 @@ def count(entry: Entry) -> dict[str, Any]:
     }
 
 
+def of_zoo(entry: Entry) -> dict[str, Any]:
+    """The line of a U-Net, ControlNet or VAE."""
+    with fake_tensors():
+        model = entry.case.build() if entry.public is None else model_class(entry.cls)(**entry.public).eval()
+        return count(model, entry.pipelines, entry.source or "tiny")
+
+
+def of_transformer(case: Transformer) -> dict[str, Any]:
+    """The line of a transformer; tiny, with all its blocks, where its forward reads values of tensors."""
+    try:
+        with fake_tensors():
+            return count(case.published(deep=True, device="cpu"), case.name, "published sizes")
+    except DataDependentOutputException:
+        with torch.no_grad():
+            return count(case.build(deep=True), case.name, "tiny, all blocks")
+
+
 def main() -> None:
     """Command line."""
     rows = []
-    for entry in ZOO:
-        rows.append(count(entry))
-        print(json.dumps(rows[-1]), flush=True)
+    for row in chain(map(of_zoo, ZOO), map(of_transformer, TRANSFORMERS)):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
     section = {"environment": {"diffusers": diffusers.__version__}, "rows": rows}
     RESULTS.write_text(json.dumps({"pipelines": section}, indent=1) + "\n")
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fastdiff._report import report
     from fastdiff._verify import verify
     from fastdiff.patching import patch, patched, unpatch
+    from fastdiff.patching.extending import register_block
 
 __all__ = [
     "BackendError",
@@ -21,6 +22,7 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "register_block",
     "report",
     "tune_cpu_allocator",
     "unpatch",
@@ -32,6 +34,7 @@ __all__ = [
 _LAZY = {
     "patch": "fastdiff.patching",
     "patched": "fastdiff.patching",
+    "register_block": "fastdiff.patching.extending",
     "report": "fastdiff._report",
     "unpatch": "fastdiff.patching",
     "verify": "fastdiff._verify",

@@ -20,7 +20,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastdiff.ops import attention
+from fastdiff.ops.attention import attention
 
 NAME = "fastdiff"
 _DISPATCH = "diffusers.models.attention_dispatch"
@@ -54,10 +54,11 @@ def dispatched_attention(
     if dropout_p:
         if return_lse:
             raise ValueError(f"dropout_p is {dropout_p}: there is no log-sum-exp with dropout")
-        heads = (t.transpose(1, 2) for t in (query, key, value))
-        return F.scaled_dot_product_attention(
-            *heads, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        ).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return out.transpose(1, 2)
     groups = query.shape[2] // key.shape[2] if enable_gqa and key.shape[2] else 1
     if groups > 1:
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)

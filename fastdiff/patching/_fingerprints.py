@@ -21,8 +21,19 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.activations:GELU.gelu": {
         "8d932bd22e4bf74b": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.activations:SwiGLU.forward": {
+        "361d6281c98cc8a8": "0.38.0 0.39.0 0.40.0",
+        "5fbb2410c083a2b6": "0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention:BasicTransformerBlock.forward": {
         "1041ab3406a96968": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention:JointTransformerBlock.forward": {
+        "7289a658820ca378": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention:LuminaFeedForward.forward": {
+        "82f50e7c3c77455f": "0.38.0 0.39.0 0.40.0",
+        "3d71d52a1547139f": "0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.attention_processor:Attention.forward": {
         "b02fc45725a8e8f9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -39,8 +50,20 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.attention_processor:AttnProcessor2_0.__call__": {
         "01535ae8fd5c44d1": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:AuraFlowAttnProcessor2_0.__call__": {
+        "2da970b35b22cd58": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention_processor:CogVideoXAttnProcessor2_0.__call__": {
+        "02fc273de2e3ce93": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention_processor:JointAttnProcessor2_0.__call__": {
+        "2fb36a7eb99a8a2d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:SpatialNorm.forward": {
         "614b1925ea63f134": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention_processor:StableAudioAttnProcessor2_0.__call__": {
+        "ca836df658960a2e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.autoencoders.autoencoder_kl_temporal_decoder:TemporalDecoder.forward": {
         "e4a6f6caf4ea3152": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -61,11 +84,46 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.embeddings:Timesteps.forward": {
         "c6274fb62c585377": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.embeddings:apply_rotary_emb": {
+        "11726922bd1ef54d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.normalization:AdaGroupNorm.forward": {
         "a35c66d43c6edce6": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.normalization:AdaLayerNorm.forward": {
+        "9fc2febf87bcf42c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:AdaLayerNormContinuous.forward": {
+        "6a75590f4fb9b748": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.normalization:AdaLayerNormZero.forward": {
         "51382d7ba9537d28": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:AdaLayerNormZeroSingle.forward": {
+        "b33be1820cb44f10": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:CogVideoXLayerNormZero.forward": {
+        "d68438e342aad89d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:FP32LayerNorm.forward": {
+        "1f774f77e5bd6205": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:LuminaLayerNormContinuous.forward": {
+        "a03baeb9a5eda05a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:LuminaRMSNormZero.forward": {
+        "5f17d512a5fd6b51": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:MochiRMSNorm.forward": {
+        "6fe665d45e0a6638": "0.38.0 0.39.0 0.40.0",
+        "d493b6913f9e1764": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:RMSNorm.forward": {
+        "116d78925efea302": "0.38.0 0.39.0 0.40.0",
+        "831092ec4a25a89b": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:SD35AdaLayerNormZeroX.forward": {
+        "035d8c5960425428": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.resnet:AlphaBlender.forward": {
         "13a777a6b12abb76": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -82,9 +140,33 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.resnet:TemporalResnetBlock.forward": {
         "acc9a8ccb4944678": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.auraflow_transformer_2d:AuraFlowFeedForward.forward": {
+        "7fdf831837ab3838": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.auraflow_transformer_2d:AuraFlowJointTransformerBlock.forward": {
+        "0a8ffc4014732e00": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.auraflow_transformer_2d:AuraFlowSingleTransformerBlock.forward": {
+        "389d9b2a044654c1": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.cogvideox_transformer_3d:CogVideoXBlock.forward": {
+        "4f344f7ae3090abf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.dit_transformer_2d:DiTTransformer2DModel.forward": {
         "6a486c860cff1de6": "0.38.0 0.39.0 0.40.0",
         "6ede5f5f693e7e92": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.sana_transformer:GLUMBConv.forward": {
+        "ef91b80dca70c46c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.sana_transformer:SanaAttnProcessor2_0.__call__": {
+        "edac2764fc65a417": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.sana_transformer:SanaModulatedNorm.forward": {
+        "725dc39e56520ba9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.sana_transformer:SanaTransformerBlock.forward": {
+        "ca51fb521a9b5c86": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_2d:Transformer2DModel._get_output_for_continuous_inputs": {
         "c0a497a159b1f50f": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -92,12 +174,163 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_2d:Transformer2DModel._operate_on_continuous_inputs": {
         "8f5df6fdb131f3ca": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_chroma:ChromaAdaLayerNormContinuousPruned.forward": {
+        "071449e94dfe995c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chroma:ChromaAdaLayerNormZeroPruned.forward": {
+        "eec70d4b2a4a3881": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chroma:ChromaAdaLayerNormZeroSinglePruned.forward": {
+        "d2a34ef51350ee06": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chroma:ChromaSingleTransformerBlock.forward": {
+        "11c5cbf771716fa9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chroma:ChromaTransformerBlock.forward": {
+        "96aaa8b8908e6ed9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cogview4:CogView4AdaLayerNormContinuous.forward": {
+        "e86b3db14844b45c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cogview4:CogView4AdaLayerNormZero.forward": {
+        "fba47ce2bff3db40": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cogview4:CogView4AttnProcessor.__call__": {
+        "fb82e9beeafb4a26": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cogview4:CogView4TransformerBlock.forward": {
+        "6bd97e3cbd0139cb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2Attention.forward": {
+        "39e5e0cdf7300c1e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2AttnProcessor.__call__": {
+        "b809600f935a4a38": "0.38.0 0.39.0",
+        "5f486eab380c0602": "0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2Modulation.split": {
+        "1f51cb3dad58a323": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2ParallelSelfAttention.forward": {
+        "09b0ae0a8d9bc0b6": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2ParallelSelfAttnProcessor.__call__": {
+        "8810881a50c0a90c": "0.38.0 0.39.0",
+        "8fc9179fafc53957": "0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2SingleTransformerBlock.forward": {
+        "b99e2b4b1410f29a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2SwiGLU.forward": {
+        "d4d04c0b8ac15e4b": "0.38.0",
+        "a0b6997bd6ce8e83": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2TransformerBlock.forward": {
+        "eaadb8cff0ffdcc8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux:FluxAttention.forward": {
+        "3f58f84303b595c8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux:FluxAttnProcessor.__call__": {
+        "c47a4d441446e3a5": "0.38.0 0.39.0",
+        "620b83d19c5dc56d": "0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux:FluxSingleTransformerBlock.forward": {
+        "b1d5042d7e994482": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux:FluxTransformerBlock.forward": {
+        "85ae83ef6d8a56fb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0.__call__": {
+        "32bf2efe8d1423d7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoIndividualTokenRefinerBlock.forward": {
+        "46993695143467a3": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoSingleTransformerBlock.forward": {
+        "a2486fa407a85895": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceSingleTransformerBlock.forward": {
+        "18307749baa72cfb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceTransformerBlock.forward": {
+        "4db41eceb850b64a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformerBlock.forward": {
+        "037187f627b8f761": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx:LTXAttention.forward": {
+        "9f5064dc970f19db": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx:LTXVideoAttnProcessor.__call__": {
+        "0e15ffdea54d47e4": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx:LTXVideoTransformerBlock.forward": {
+        "a758b6f1ea788030": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx:apply_rotary_emb": {
+        "2aacd71090f78415": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_lumina2:Lumina2AttnProcessor2_0.__call__": {
+        "fbd7b910bd4f1dc6": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_lumina2:Lumina2TransformerBlock.forward": {
+        "e034750cbb4a6c52": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0.__call__": {
+        "d62cf83381e785d7": "0.38.0",
+        "bb184140552e2778": "0.39.0",
+        "8ff713f2f67bea48": "0.40.0 0.41.0",
+        "96a136d4d7182b94": "0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_qwenimage:QwenImageTransformerBlock._modulate": {
+        "4995e1bc4f8f8b77": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_qwenimage:QwenImageTransformerBlock.forward": {
+        "6893f6994726c8ce": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_qwenimage:apply_rotary_emb_qwen": {
+        "301574f536e537db": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_temporal:TransformerSpatioTemporalModel.forward": {
         "5d3336da9f3061d8": "0.38.0 0.39.0 0.40.0",
         "2b12c803d2803630": "0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_temporal:TransformerTemporalModel.forward": {
         "510a83a85693132a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan:WanAttention.forward": {
+        "9607fd59123a6799": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan:WanAttnProcessor.__call__": {
+        "81260944b709c95b": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan:WanTransformerBlock.forward": {
+        "d723951c58b11cd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan:_get_added_kv_projections": {
+        "b7bef85412858502": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan:_get_qkv_projections": {
+        "6d06313c6b11188a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_z_image:FeedForward._forward_silu_gating": {
+        "d2738b39cca3d750": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_z_image:FeedForward.forward": {
+        "f40ebb0c0fe70df7": "0.38.0 0.39.0 0.40.0",
+        "ff303a98791b998c": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_z_image:FinalLayer.forward": {
+        "639f234df957b006": "0.38.0 0.39.0 0.40.0",
+        "8879caf209690b51": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_z_image:ZImageTransformerBlock.forward": {
+        "5032a8cb4b019245": "0.38.0 0.39.0 0.40.0",
+        "bcd6c7e0ec399f41": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_z_image:ZSingleStreamAttnProcessor.__call__": {
+        "91bcf3bff31f2794": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.unets.unet_2d:UNet2DModel.forward": {
         "07c9df69639af437": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

@@ -16,7 +16,13 @@ from fastdiff.patching.families import all_sources
 _READ = """
 import json, sys, diffusers
 from fastdiff.patching._fingerprint import fingerprint, resolve
-print(json.dumps([diffusers.__version__, {name: fingerprint(resolve(name)) for name in json.load(sys.stdin)}]))
+found = {}
+for name in json.load(sys.stdin):
+    try:
+        found[name] = fingerprint(resolve(name))
+    except (ImportError, AttributeError):
+        print(f"Diffusers {diffusers.__version__} has no {name}", file=sys.stderr)
+print(json.dumps([diffusers.__version__, found]))
 """
 
 

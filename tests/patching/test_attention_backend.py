@@ -134,7 +134,8 @@ from diffusers.models._modeling_parallel import ParallelConfig
 
 rank, kind = int(sys.argv[1]), sys.argv[3]
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
-mesh = dist.device_mesh.init_device_mesh("cpu", (2, 1) if kind == "ring" else (1, 2), mesh_dim_names=("ring", "ulysses"))
+shape = (2, 1) if kind == "ring" else (1, 2)
+mesh = dist.device_mesh.init_device_mesh("cpu", shape, mesh_dim_names=("ring", "ulysses"))
 context = ContextParallelConfig(**{kind + "_degree": 2})
 config = ParallelConfig(context_parallel_config=context)
 config.setup(rank, 2, torch.device("cpu"), mesh=mesh)

@@ -55,7 +55,7 @@ def legacy_attention(
     heads = self.heads
     head_dim = width // heads
     if attention_mask is not None:
-        attention_mask = _mask_by_head(self, attention_mask, length, batch)
+        attention_mask = mask_by_head(self, attention_mask, length, batch)
     h, _ = site.serve(
         "attention",
         attention,
@@ -131,7 +131,7 @@ def _normed(site: Site, slot: str, norm: Any, x: Tensor) -> Tensor:
     )
 
 
-def _mask_by_head(attn: Any, mask: Tensor, length: int, batch: int) -> Tensor:
+def mask_by_head(attn: Any, mask: Tensor, length: int, batch: int) -> Tensor:
     """The mask as (B, H or 1, Sq or 1, Sk)."""
     if mask.dim() == 3 and mask.shape[0] == batch and mask.shape[2] == length:
         return mask.unsqueeze(1)  # one for all heads; the stock code repeats it per head

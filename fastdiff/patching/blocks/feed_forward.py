@@ -1,13 +1,14 @@
-"""The activations of the transformers' feed-forward: GEGLU and tanh GELU, each after its own projection."""
+"""The activations of the transformers' feed-forward: GEGLU, SwiGLU and tanh GELU, each after its own projection."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastdiff.ops import geglu, gelu_tanh
-from fastdiff.patching.blocks import Block, forward
+from fastdiff.ops import geglu, gelu_tanh, swiglu
+from fastdiff.patching._site import Site
+from fastdiff.patching.blocks import Block, forward, is_plain
 
 
 def geglu_projection(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -26,6 +27,38 @@ def gelu_projection(self: Any, hidden_states: Tensor) -> Tensor:
     return site.serve("gelu_tanh", gelu_tanh, self.proj(hidden_states))
 
 
+def swiglu_projection(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replaces ``SwiGLU.forward``."""
+    site = self._fastdiff_site
+    x, gate = self.proj(hidden_states).chunk(2, dim=-1)
+    return site.serve("swiglu", swiglu, gate, x)
+
+
+def silu_feed_forward(self: Any, x: Tensor) -> Tensor:
+    """Replaces a forward that is ``out(silu(gate(x)) * up(x))``; the site's state holds the three names."""
+    site = self._fastdiff_site
+    gate, up, out = site.state
+    return getattr(self, out)(site.serve("swiglu", swiglu, getattr(self, gate)(x), getattr(self, up)(x)))
+
+
+def silu_feed_forward_row(cls: str, gate: str, up: str, out: str, *sources: str) -> Block:
+    """The row of such a class ``module:name``, whose three linear layers have these names."""
+    return Block(
+        cls=cls,
+        what="SiLU and product",
+        sources=("forward", *sources),
+        methods=forward(silu_feed_forward),
+        state=lambda module: (gate, up, out),
+    )
+
+
+def activated(site: Site, activation: nn.Module, x: Tensor) -> Tensor:
+    """``activation(x)`` of a block's own feed-forward; a tanh GELU by the fused op."""
+    if is_plain(activation, nn.GELU) and activation.approximate == "tanh":
+        return site.serve("gelu_tanh", gelu_tanh, x)
+    return activation(x)
+
+
 _EXACT = "its GELU is exact: one operation already"
 
 GEGLU = Block(
@@ -41,4 +74,11 @@ GELU_TANH = Block(
     sources=("forward", "gelu"),
     methods=forward(gelu_projection),
     refuse=lambda module: None if module.approximate == "tanh" else _EXACT,
+)
+
+SWIGLU = Block(
+    cls="diffusers.models.activations:SwiGLU",
+    what="SiLU and product",
+    sources=("forward",),
+    methods=forward(swiglu_projection),
 )

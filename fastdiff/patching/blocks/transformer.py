@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastdiff.ops import adaln_modulate, gate_residual, gate_residual_adaln, group_norm_silu
-from fastdiff.patching.blocks import Block, forward, why_stock
+from fastdiff.ops import gate_residual, gate_residual_adaln, group_norm_silu
+from fastdiff.patching.blocks import Block, activated_once, forward, why_stock
+from fastdiff.patching.blocks.token_norms import NORM_SOURCES, modulated, why_not_kinds, why_not_norms
 
 
 def continuous_inputs(self: Any, hidden_states: Tensor) -> tuple[Tensor, int]:
@@ -49,18 +50,17 @@ def ada_layer_norm_zero(
     timestep: Tensor | None = None,
     class_labels: Tensor | None = None,
     hidden_dtype: torch.dtype | None = None,
-    emb: Tensor | None = None,
+    emb: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Replaces ``AdaLayerNormZero.forward``."""
     site = self._fastdiff_site
-    norm = self.norm
-    reason = why_stock(x, norm, kind=nn.LayerNorm)
+    reason = why_not_norms(x, self.norm)
     if reason is not None:
         return site.stock(reason, self, x, timestep, class_labels, hidden_dtype, emb)
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(self.silu(emb)).chunk(6, dim=1)
-    x = site.serve("norm", adaln_modulate, x, scale, shift, norm.weight, norm.bias, norm.eps)
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(activated_once(self.silu, emb)).chunk(6, dim=1)
+    x = modulated(site, "norm", self.norm, x, scale, shift)
     return x, gate, shift_mlp, scale_mlp, gate_mlp
 
 
@@ -127,10 +127,6 @@ def _refuse_block(module: Any) -> str | None:
     return None if type(module.norm3) is nn.LayerNorm else f"norm3 is a {type(module.norm3).__name__}"
 
 
-def _refuse_norm(module: Any) -> str | None:
-    return None if type(module.norm) is nn.LayerNorm else f"its norm is a {type(module.norm).__name__}"
-
-
 TRANSFORMER_ENTRANCE = Block(
     cls="diffusers.models.transformers.transformer_2d:Transformer2DModel",
     what="GroupNorm to tokens",
@@ -145,10 +141,10 @@ TRANSFORMER_ENTRANCE = Block(
 
 ADA_LAYER_NORM_ZERO = Block(
     cls="diffusers.models.normalization:AdaLayerNormZero",
-    what="LayerNorm + modulation",
-    sources=("forward",),
+    what="norm + modulation",
+    sources=("forward", *NORM_SOURCES),
     methods=forward(ada_layer_norm_zero),
-    refuse=_refuse_norm,
+    refuse=lambda module: why_not_kinds(module.norm),
 )
 
 ADA_NORM_ZERO_BLOCK = Block(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -49,13 +49,30 @@ class Family:
 def families() -> tuple[Family, ...]:
     """All families of one model class each, imported here so that a family file can use this module."""
     from fastdiff.patching.families import (
+        auraflow,
         autoencoders,
+        chroma,
+        cogvideox,
+        cogview4,
         controlnets,
         dit,
+        flux,
+        flux2,
+        hunyuan_video,
+        latte,
+        ltx,
+        lumina2,
+        pixart,
+        qwenimage,
+        sana,
+        sd3,
+        stable_audio,
         unet_2d,
         unet_2d_condition,
         unets_other,
         unets_video,
+        wan,
+        z_image,
     )
 
     return (
@@ -66,6 +83,25 @@ def families() -> tuple[Family, ...]:
         *controlnets.FAMILIES,
         *autoencoders.FAMILIES,
         dit.DIT,
+        flux.FLUX,
+        flux.FLUX_CONTROLNET,
+        sd3.SD3,
+        sd3.SD3_CONTROLNET,
+        pixart.PIXART,
+        wan.WAN,
+        flux2.FLUX2,
+        qwenimage.QWEN_IMAGE,
+        z_image.Z_IMAGE,
+        ltx.LTX,
+        hunyuan_video.HUNYUAN_VIDEO,
+        cogvideox.COGVIDEOX,
+        chroma.CHROMA,
+        auraflow.AURA_FLOW,
+        lumina2.LUMINA2,
+        sana.SANA,
+        latte.LATTE,
+        stable_audio.STABLE_AUDIO,
+        cogview4.COGVIEW4,
     )  # fmt: skip
 
 
@@ -81,11 +117,27 @@ def any_model() -> Family:
     return Family("diffusers.models.modeling_utils:ModelMixin", tuple(blocks), switches=tuple(switches))
 
 
+#: Model, as ``module:name`` -> blocks that users registered for it, by class, and an example.
+_ADDED: dict[str, tuple[dict[str, Block], Callable[[Any], dict[str, Any]] | None]] = {}
+
+
+def add_block(model: str, block: Block, example: Callable[[Any], dict[str, Any]] | None) -> None:
+    """See :func:`fastdiff.patching.extending.register_block`."""
+    blocks, earlier = _ADDED.setdefault(model, ({}, None))
+    _ADDED[model] = ({**blocks, block.cls: block}, example or earlier)
+
+
 def family_of(model: Any) -> Family | None:
-    """The family of a model; ``None`` if it is not a Diffusers model."""
+    """The family of a model; ``None`` if it is neither a Diffusers model nor one with registered blocks."""
     if not isinstance(model, nn.Module):
         return None
-    return next((f for f in (*families(), any_model()) if base(type(model), f.model)), None)
+    family = next((f for f in (*families(), any_model()) if base(type(model), f.model)), None)
+    for name, (blocks, example) in _ADDED.items():
+        if base(type(model), name):
+            known = family or Family(model=name, blocks=())
+            kept = tuple(block for block in known.blocks if block.cls not in blocks)
+            family = replace(known, blocks=(*blocks.values(), *kept), example=example or known.example)
+    return family
 
 
 def example_of(model: Any) -> dict[str, Any]:

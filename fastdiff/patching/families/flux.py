@@ -1,0 +1,123 @@
+"""``FluxTransformer2DModel`` and its ControlNet: Flux dev, schnell, Fill, Kontext, Depth, Canny."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff.patching.blocks.adaln import (
+    ADA_LAYER_NORM_CONTINUOUS,
+    ADA_LAYER_NORM_ZERO_SINGLE,
+    GATES,
+    block_row,
+    clip_half,
+    gated,
+    gated_feed_forward,
+    guarded,
+)
+from fastdiff.patching.blocks.feed_forward import GELU_TANH, activated
+from fastdiff.patching.blocks.joint_attention import AttentionRow, attention_block
+from fastdiff.patching.blocks.transformer import ADA_LAYER_NORM_ZERO
+from fastdiff.patching.families import Family
+from fastdiff.patching.families._example import Inputs
+
+_FILE = "diffusers.models.transformers.transformer_flux"
+
+
+@guarded("norm2", "norm2_context")
+def double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replaces ``FluxTransformerBlock.forward``."""
+    site = self._fastdiff_site
+    h, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
+    text, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+    outputs = self.attn(
+        hidden_states=h, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {}
+    )
+    h = gated_feed_forward(
+        site, "image", hidden_states, outputs[0], gate, self.norm2, scale_mlp, shift_mlp, self.ff, gate_mlp
+    )
+    if len(outputs) == 3:  # of an IP-Adapter
+        h = h + outputs[2]
+    text = gated_feed_forward(
+        site, "text", encoder_hidden_states, outputs[1], text_gate, self.norm2_context, text_scale, text_shift,
+        self.ff_context, text_gate_mlp,
+    )  # fmt: skip
+    return clip_half(text), h
+
+
+@guarded()
+def single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Replaces ``FluxSingleTransformerBlock.forward``."""
+    site = self._fastdiff_site
+    text = encoder_hidden_states.shape[1]
+    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    h, gate = self.norm(joint, emb=temb)
+    mlp = activated(site, self.act_mlp, self.proj_mlp(h))
+    out = self.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {})
+    joint = clip_half(gated(site, "gate", self.proj_out(torch.cat([out, mlp], dim=2)), gate, joint))
+    return joint[:, :text], joint[:, text:]
+
+
+FLUX_ATTENTION = attention_block(
+    f"{_FILE}:FluxAttention",
+    AttentionRow(processor=f"{_FILE}:FluxAttnProcessor", rope="image_rotary_emb"),
+)
+
+FLUX_BLOCKS = (
+    block_row(f"{_FILE}:FluxTransformerBlock", GATES, double_block),
+    block_row(f"{_FILE}:FluxSingleTransformerBlock", "GELU; gate + residual", single_block),
+    FLUX_ATTENTION,
+    ADA_LAYER_NORM_ZERO,
+    ADA_LAYER_NORM_ZERO_SINGLE,
+    ADA_LAYER_NORM_CONTINUOUS,
+    GELU_TANH,
+)
+
+
+def example(model: Any) -> dict[str, Any]:
+    """4 by 6 latent patches and 7 text tokens."""
+    config, inputs = model.config, Inputs(model)
+    found = {
+        "hidden_states": inputs.noise(1, 24, config.in_channels),
+        "encoder_hidden_states": inputs.noise(1, 7, config.joint_attention_dim),
+        "pooled_projections": inputs.noise(1, config.pooled_projection_dim),
+        "timestep": inputs.timestep(),
+        "img_ids": inputs.positions(1, 4, 6),
+        "txt_ids": inputs.noise(7, 3) * 0,
+    }
+    if config.guidance_embeds:
+        found["guidance"] = inputs.timestep(4.0)
+    return found
+
+
+def controlnet_example(model: Any) -> dict[str, Any]:
+    """The same with a control image."""
+    found = example(model)
+    found["controlnet_cond"] = Inputs(model).noise(1, 24, model.controlnet_x_embedder.in_features)
+    if model.union:
+        found["controlnet_mode"] = torch.zeros(1, 1, dtype=torch.long, device=found["hidden_states"].device)
+    return found
+
+
+FLUX = Family(model=f"{_FILE}:FluxTransformer2DModel", blocks=FLUX_BLOCKS, example=example)
+FLUX_CONTROLNET = Family(
+    model="diffusers.models.controlnets.controlnet_flux:FluxControlNetModel",
+    blocks=FLUX_BLOCKS,
+    example=controlnet_example,
+)

@@ -1,0 +1,312 @@
+"""Tiny but structurally true transformers: every kind of block, odd sizes, gates that are not zero.
+
+:data:`TRANSFORMERS` is the one table of them: how each is built, what is left alone in it, and how many of its
+launches patching must at least remove. The inputs are the families' own examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import (
+    AuraFlowTransformer2DModel,
+    ChromaTransformer2DModel,
+    CogVideoXTransformer3DModel,
+    CogView4Transformer2DModel,
+    Flux2Transformer2DModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    HunyuanVideoTransformer3DModel,
+    LatteTransformer3DModel,
+    LTXVideoTransformer3DModel,
+    Lumina2Transformer2DModel,
+    PixArtTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SanaTransformer2DModel,
+    SD3Transformer2DModel,
+    StableAudioDiTModel,
+    WanTransformer3DModel,
+    ZImageTransformer2DModel,
+)
+from models import randomized
+from torch import Tensor, nn
+
+from fastdiff.patching.families import family_of
+
+
+@dataclass(frozen=True)
+class Transformer:
+    """One row.
+
+    Attributes:
+        name: of the family, as people know it.
+        cls: of the model.
+        config: of the tiny model: all kinds of blocks, few of each.
+        depth: changes of ``config`` to the real numbers of blocks, for counting launches.
+        saved: least share of a forward's launches that patching must remove at that depth, counted by dispatch on a
+            CPU, where an ``nn.RMSNorm`` is six operations.
+        sites: class name -> how many sites of it there must be.
+        left: (class name, reason) -> how many of its instances are left alone for that reason.
+    """
+
+    name: str
+    cls: type
+    config: dict[str, Any]
+    depth: dict[str, Any]
+    saved: float
+    sites: dict[str, int]
+    left: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    def build(self, *, deep: bool = False) -> Any:
+        """The model with random weights."""
+        return randomized(self.cls(**self.config | (self.depth if deep else {})))
+
+    def published(self, *, deep: bool = False, device: str = "meta") -> Any:
+        """A model of published sizes without weights, with few blocks of each kind or all."""
+        config = {"num_layers": 2} | _REAL[self.name] | (self.depth if deep else {})
+        with torch.device(device):
+            return self.cls(**{k: v for k, v in config.items() if v is not None}).eval().requires_grad_(False)
+
+    def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:
+        """The family's example for one seed."""
+        model = self.build() if model is None else model
+        family = family_of(model)
+        assert family is not None
+        torch.manual_seed(seed)
+        return to_dtype(family.example(model), dtype)
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in a model's result."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for v in (value or ()) for t in tensors(v)]
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    """All results of a forward, flat."""
+    with torch.no_grad():
+        return torch.cat([t.flatten() for t in tensors(model(**inputs, return_dict=False))])
+
+
+def to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in ``dtype``."""
+    if isinstance(value, dict):
+        return {k: to_dtype(v, dtype) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_dtype(v, dtype) for v in value)
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+_FLUX = {
+    "in_channels": 12,
+    "num_layers": 2,
+    "num_single_layers": 3,
+    "attention_head_dim": 20,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 28,
+    "pooled_projection_dim": 24,
+    "axes_dims_rope": (4, 8, 8),
+}
+_FLUX_SITES = {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 3, "FluxAttention": 5, "AdaLayerNormZero": 4,
+               "AdaLayerNormZeroSingle": 3, "GELU": 4}  # fmt: skip
+_FLUX_DEPTH = {"num_layers": 19, "num_single_layers": 38}
+_SD3 = {
+    "sample_size": 12, "patch_size": 2, "in_channels": 4, "num_layers": 3, "attention_head_dim": 22,
+    "num_attention_heads": 2, "joint_attention_dim": 28, "caption_projection_dim": 44, "pooled_projection_dim": 36,
+    "out_channels": 4, "pos_embed_max_size": 12,
+}  # fmt: skip
+_PIXART = {
+    "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+    "cross_attention_dim": 72, "sample_size": 12, "patch_size": 2, "caption_channels": 28,
+}  # fmt: skip
+_WAN = {
+    "patch_size": (1, 2, 2), "num_attention_heads": 3, "attention_head_dim": 22, "in_channels": 4, "out_channels": 4,
+    "text_dim": 28, "freq_dim": 16, "ffn_dim": 50, "num_layers": 2, "rope_max_seq_len": 32,
+}  # fmt: skip
+_FLUX2 = {
+    "in_channels": 12, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 20, "num_attention_heads": 2,
+    "joint_attention_dim": 28, "timestep_guidance_channels": 16, "mlp_ratio": 3.0, "axes_dims_rope": (4, 4, 4, 8),
+}  # fmt: skip
+_QWEN = {
+    "in_channels": 12, "out_channels": 3, "num_layers": 2, "attention_head_dim": 20, "num_attention_heads": 2,
+    "joint_attention_dim": 28, "axes_dims_rope": (4, 8, 8),
+}  # fmt: skip
+_Z_IMAGE = {
+    "in_channels": 3, "dim": 60, "n_layers": 2, "n_refiner_layers": 2, "n_heads": 3, "n_kv_heads": 3,
+    "cap_feat_dim": 28, "axes_dims": [4, 8, 8], "axes_lens": [64, 32, 32],
+}  # fmt: skip
+_LTX = {
+    "in_channels": 6, "out_channels": 6, "num_attention_heads": 3, "attention_head_dim": 22,
+    "cross_attention_dim": 66, "num_layers": 2, "caption_channels": 28,
+}  # fmt: skip
+_HUNYUAN_VIDEO = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 20, "num_layers": 2,
+    "num_single_layers": 3, "num_refiner_layers": 2, "text_embed_dim": 28, "pooled_projection_dim": 24,
+    "rope_axes_dim": (4, 8, 8),
+}  # fmt: skip
+_COGVIDEOX = {
+    "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16,
+    "text_embed_dim": 28, "num_layers": 2, "sample_width": 12, "sample_height": 8, "sample_frames": 5,
+    "max_text_seq_length": 7,
+}  # fmt: skip
+_CHROMA = {k: v for k, v in _FLUX.items() if k != "pooled_projection_dim"} | {
+    "approximator_num_channels": 8, "approximator_hidden_dim": 16, "approximator_layers": 2,
+}  # fmt: skip
+_AURA_FLOW = {
+    "sample_size": 12, "patch_size": 2, "in_channels": 4, "num_mmdit_layers": 2, "num_single_dit_layers": 3,
+    "attention_head_dim": 22, "num_attention_heads": 2, "joint_attention_dim": 28, "caption_projection_dim": 44,
+    "out_channels": 4, "pos_embed_max_size": 64,
+}  # fmt: skip
+_LUMINA2 = {
+    "sample_size": 12, "in_channels": 4, "hidden_size": 60, "num_layers": 2, "num_refiner_layers": 2,
+    "num_attention_heads": 3, "num_kv_heads": 1, "multiple_of": 10, "axes_dim_rope": (4, 8, 8),
+    "axes_lens": (30, 16, 16), "cap_feat_dim": 28,
+}  # fmt: skip
+_LATTE = {
+    "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "out_channels": 8, "num_layers": 2,
+    "cross_attention_dim": 72, "sample_size": 8, "patch_size": 2, "caption_channels": 28, "video_length": 3,
+    "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+}  # fmt: skip
+_STABLE_AUDIO = {
+    "sample_size": 16, "in_channels": 4, "num_layers": 2, "attention_head_dim": 24, "num_attention_heads": 4,
+    "num_key_value_attention_heads": 2, "out_channels": 4, "cross_attention_dim": 48, "time_proj_dim": 16,
+    "global_states_input_dim": 20, "cross_attention_input_dim": 28,
+}  # fmt: skip
+_COGVIEW4 = {
+    "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 2, "attention_head_dim": 20,
+    "num_attention_heads": 3, "text_embed_dim": 28, "time_embed_dim": 16, "condition_dim": 8, "pos_embed_max_size": 16,
+    "sample_size": 16, "rope_axes_dim": (16, 16),
+}  # fmt: skip
+_SANA = {
+    "in_channels": 4, "out_channels": 4, "num_attention_heads": 3, "attention_head_dim": 20, "num_layers": 2,
+    "num_cross_attention_heads": 3, "cross_attention_head_dim": 20, "cross_attention_dim": 60, "caption_channels": 28,
+    "sample_size": 8,
+}  # fmt: skip
+_LINEAR = {("Attention", "its processor is SanaLinearAttnProcessor2_0"): 2}
+
+TRANSFORMERS = [
+    Transformer("Flux dev", FluxTransformer2DModel, _FLUX | {"guidance_embeds": True}, _FLUX_DEPTH, 0.6,
+                _FLUX_SITES | {"AdaLayerNormContinuous": 1}),
+    Transformer("Flux schnell", FluxTransformer2DModel, _FLUX, _FLUX_DEPTH, 0.6,
+                _FLUX_SITES | {"AdaLayerNormContinuous": 1}),
+    Transformer("Flux Fill", FluxTransformer2DModel, _FLUX | {"in_channels": 16, "out_channels": 12,
+                "guidance_embeds": True}, _FLUX_DEPTH, 0.6, _FLUX_SITES | {"AdaLayerNormContinuous": 1}),
+    Transformer("Flux ControlNet", FluxControlNetModel, _FLUX | {"num_mode": 3, "guidance_embeds": True},
+                {"num_layers": 5, "num_single_layers": 10}, 0.5, _FLUX_SITES),
+    Transformer("SD3", SD3Transformer2DModel, _SD3, {"num_layers": 24}, 0.3,
+                {"JointTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 5, "AdaLayerNormContinuous": 2,
+                 "GELU": 5}),
+    Transformer("SD3.5 medium", SD3Transformer2DModel,
+                _SD3 | {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)},
+                {"num_layers": 24, "dual_attention_layers": tuple(range(13))}, 0.55,
+                {"JointTransformerBlock": 3, "Attention": 5, "AdaLayerNormZero": 3, "SD35AdaLayerNormZeroX": 2,
+                 "AdaLayerNormContinuous": 2, "GELU": 5}),
+    Transformer("SD3.5 large", SD3Transformer2DModel, _SD3 | {"qk_norm": "rms_norm"}, {"num_layers": 38}, 0.55,
+                {"JointTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 5, "AdaLayerNormContinuous": 2,
+                 "GELU": 5}),
+    Transformer("PixArt", PixArtTransformer2DModel, _PIXART, {"num_layers": 28}, 0.3,
+                {"BasicTransformerBlock": 2, "Attention": 4, "GELU": 2}),
+    Transformer("Wan T2V", WanTransformer3DModel, _WAN | {"cross_attn_norm": True}, {"num_layers": 30}, 0.55,
+                {"WanTransformerBlock": 2, "WanAttention": 4, "GELU": 2}),
+    Transformer("Wan I2V", WanTransformer3DModel,
+                _WAN | {"cross_attn_norm": True, "image_dim": 26, "added_kv_proj_dim": 66, "in_channels": 9},
+                {"num_layers": 40}, 0.55, {"WanTransformerBlock": 2, "WanAttention": 4, "GELU": 2},
+                {("GELU", "its GELU is exact: one operation already"): 1}),
+    Transformer("Flux2", Flux2Transformer2DModel, _FLUX2, {"num_layers": 8, "num_single_layers": 48}, 0.6,
+                {"Flux2TransformerBlock": 2, "Flux2SingleTransformerBlock": 3, "Flux2Attention": 2,
+                 "Flux2ParallelSelfAttention": 3, "Flux2SwiGLU": 7, "AdaLayerNormContinuous": 1}),
+    Transformer("Qwen-Image", QwenImageTransformer2DModel, _QWEN, {"num_layers": 60}, 0.65,
+                {"QwenImageTransformerBlock": 2, "Attention": 2, "GELU": 4, "AdaLayerNormContinuous": 1}),
+    Transformer("Qwen-Image-Edit", QwenImageTransformer2DModel, _QWEN | {"zero_cond_t": True}, {"num_layers": 60},
+                0.6, {"QwenImageTransformerBlock": 2, "Attention": 2, "GELU": 4, "AdaLayerNormContinuous": 1}),
+    Transformer("Z-Image", ZImageTransformer2DModel, _Z_IMAGE, {"n_layers": 30}, 0.65,
+                {"ZImageTransformerBlock": 6, "Attention": 6, "FeedForward": 6, "FinalLayer": 1}),
+    Transformer("LTX", LTXVideoTransformer3DModel, _LTX, {"num_layers": 28}, 0.5,
+                {"LTXVideoTransformerBlock": 2, "LTXAttention": 4, "GELU": 2}),
+    Transformer("HunyuanVideo", HunyuanVideoTransformer3DModel, _HUNYUAN_VIDEO,
+                {"num_layers": 20, "num_single_layers": 40}, 0.6,
+                {"HunyuanVideoTransformerBlock": 2, "HunyuanVideoSingleTransformerBlock": 3, "Attention": 7,
+                 "HunyuanVideoIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3,
+                 "AdaLayerNormContinuous": 1, "GELU": 4}),
+    Transformer("HunyuanVideo I2V", HunyuanVideoTransformer3DModel,
+                _HUNYUAN_VIDEO | {"image_condition_type": "token_replace"}, {"num_layers": 20, "num_single_layers": 40},
+                0.3, {"Attention": 7, "HunyuanVideoIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 2,
+                      "AdaLayerNormContinuous": 1, "GELU": 4},
+                {("HunyuanVideoTokenReplaceTransformerBlock", "its first frame has a modulation of its own"): 2,
+                 ("HunyuanVideoTokenReplaceSingleTransformerBlock", "its first frame has a modulation of its own"): 3}),
+    Transformer("CogVideoX 5B", CogVideoXTransformer3DModel, _COGVIDEOX | {"use_rotary_positional_embeddings": True},
+                {"num_layers": 42}, 0.5,
+                {"CogVideoXBlock": 2, "CogVideoXLayerNormZero": 4, "AdaLayerNorm": 1, "Attention": 2, "GELU": 2}),
+    Transformer("CogVideoX 2B", CogVideoXTransformer3DModel, _COGVIDEOX | {"num_attention_heads": 4},
+                {"num_layers": 30}, 0.4,
+                {"CogVideoXBlock": 2, "CogVideoXLayerNormZero": 4, "AdaLayerNorm": 1, "Attention": 2, "GELU": 2}),
+    Transformer("Chroma", ChromaTransformer2DModel, _CHROMA, _FLUX_DEPTH, 0.6,
+                {"ChromaTransformerBlock": 2, "ChromaSingleTransformerBlock": 3, "FluxAttention": 5,
+                 "ChromaAdaLayerNormZeroPruned": 4, "ChromaAdaLayerNormZeroSinglePruned": 3,
+                 "ChromaAdaLayerNormContinuousPruned": 1, "GELU": 4}),
+    Transformer("AuraFlow", AuraFlowTransformer2DModel, _AURA_FLOW,
+                {"num_mmdit_layers": 4, "num_single_dit_layers": 32}, 0.4,
+                {"AuraFlowJointTransformerBlock": 2, "AuraFlowSingleTransformerBlock": 3, "Attention": 5,
+                 "AdaLayerNormZero": 7, "AuraFlowFeedForward": 7}),
+    Transformer("Lumina2", Lumina2Transformer2DModel, _LUMINA2, {"num_layers": 26}, 0.5,
+                {"Lumina2TransformerBlock": 6, "LuminaRMSNormZero": 4, "LuminaLayerNormContinuous": 1, "Attention": 6,
+                 "LuminaFeedForward": 6}),
+    Transformer("Sana", SanaTransformer2DModel, _SANA, {"num_layers": 20}, 0.2,
+                {"SanaTransformerBlock": 2, "GLUMBConv": 2, "SanaModulatedNorm": 1, "Attention": 2}, _LINEAR),
+    Transformer("Sana Sprint", SanaTransformer2DModel,
+                _SANA | {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True}, {"num_layers": 20}, 0.2,
+                {"SanaTransformerBlock": 2, "GLUMBConv": 2, "SanaModulatedNorm": 1, "Attention": 2}, _LINEAR),
+    Transformer("Latte", LatteTransformer3DModel, _LATTE, {"num_layers": 28}, 0.3,
+                {"BasicTransformerBlock": 4, "Attention": 6, "GELU": 4}),
+    Transformer("Stable Audio", StableAudioDiTModel, _STABLE_AUDIO, {"num_layers": 24}, 0.35,
+                {"Attention": 4, "SwiGLU": 2}),
+    Transformer("CogView4", CogView4Transformer2DModel, _COGVIEW4, {"num_layers": 28}, 0.5,
+                {"CogView4TransformerBlock": 2, "CogView4AdaLayerNormZero": 2, "Attention": 2, "GELU": 2,
+                 "CogView4AdaLayerNormContinuous": 1}),
+]  # fmt: skip
+
+_SD3_REAL = {
+    "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_attention_heads": 24, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+_FLUX_REAL = {"num_single_layers": 2, "guidance_embeds": True}
+_WAN_REAL = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
+_COGVIDEOX_REAL = {"sample_width": 90, "sample_height": 60, "sample_frames": 49}
+
+#: Changes of the classes' defaults that make the published configurations, but for the number of blocks.
+_REAL: dict[str, dict[str, Any]] = {
+    "Flux dev": _FLUX_REAL,
+    "Flux schnell": _FLUX_REAL | {"guidance_embeds": False},
+    "Flux Fill": _FLUX_REAL | {"in_channels": 384, "out_channels": 64},
+    "Flux ControlNet": _FLUX_REAL,
+    "SD3": _SD3_REAL,
+    "SD3.5 medium": _SD3_REAL | {"qk_norm": "rms_norm", "dual_attention_layers": (0,), "pos_embed_max_size": 384},
+    "SD3.5 large": _SD3_REAL | {"qk_norm": "rms_norm", "num_attention_heads": 38, "caption_projection_dim": 2432},
+    "PixArt": {"caption_channels": 4096},
+    "Wan T2V": {"num_attention_heads": 12, "ffn_dim": 8960, "cross_attn_norm": True},
+    "Wan I2V": _WAN_REAL | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+    "Flux2": {"num_single_layers": 2},
+    "Qwen-Image": {},
+    "Qwen-Image-Edit": {"zero_cond_t": True},
+    "Z-Image": {"num_layers": None, "n_layers": 2},
+    "LTX": {},
+    "HunyuanVideo": {"num_single_layers": 2},
+    "HunyuanVideo I2V": {"num_single_layers": 2, "image_condition_type": "token_replace"},
+    "CogVideoX 5B": _COGVIDEOX_REAL | {"num_attention_heads": 48, "use_rotary_positional_embeddings": True},
+    "CogVideoX 2B": _COGVIDEOX_REAL,
+    "Chroma": {"num_single_layers": 2},
+    "AuraFlow": {"num_layers": None, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "pos_embed_max_size": 9216},
+    "Lumina2": {},
+    "Sana": {},
+    "Sana Sprint": {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
+    "Latte": {
+        "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 1152, "patch_size": 2,
+        "attention_bias": True, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
+        "norm_elementwise_affine": False, "caption_channels": 4096,
+    },
+    "Stable Audio": {},
+    "CogView4": {"num_attention_heads": 32, "attention_head_dim": 128},
+}  # fmt: skip
