@@ -1,8 +1,8 @@
 """A pytest plugin that runs somebody else's tests of Diffusers with patched schedulers.
 
-``PYTHONPATH=tests python -m pytest -p autopatch_schedulers /path/to/diffusers/tests/schedulers`` patches every scheduler
-when it is created, and prints at the end how many steps ran fused and why the others did not. Another plugin calls
-:func:`patch_every_scheduler` and :func:`summary` itself.
+``PYTHONPATH=tests python -m pytest -p autopatch_schedulers /path/to/diffusers/tests/schedulers`` patches every
+scheduler when it is created, and prints at the end how many steps ran fused and why the others did not. Another plugin
+calls :func:`patch_every_scheduler` and :func:`summary` itself.
 """
 
 from __future__ import annotations

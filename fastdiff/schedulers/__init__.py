@@ -9,7 +9,6 @@ attributes it leaves, the noise it draws and the errors it raises are the stock 
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -51,7 +50,6 @@ def install(patch: Patch) -> None:
         patch.leave("", scheduler, name, reason)
 
 
-@functools.cache
 def _names_in(cls: type, method: str) -> tuple[str, ...]:
     """The names of globals and attributes in the code of a method, if there is such a method."""
     function = getattr(cls, method, None)

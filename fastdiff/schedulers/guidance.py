@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fastdiff.ops import cfg_combine
-from fastdiff.patching._fingerprint import base, why_not_source, why_not_version
+from fastdiff.patching._fingerprint import base, resolve, why_not_source, why_not_version
 from fastdiff.patching._patch import Patch
 from fastdiff.patching._site import SITE, Site
 
@@ -29,7 +29,7 @@ def install(patch: Patch) -> None:
     guider = patch.root
     cls = type(guider)
     reason = why_not_version() or why_not_source(SOURCES)
-    if reason is None and "forward" in {n for c in cls.__mro__[: cls.__mro__.index(base(cls, GUIDER))] for n in vars(c)}:
+    if reason is None and cls.forward is not resolve(GUIDER).forward:
         reason = f"{cls.__name__}.forward is not the one of Diffusers"
     if reason is None:
         patch.install("", guider, "guidance", (guider, "forward", forward))

@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable
-from itertools import zip_longest
 from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,18 +15,16 @@ from torch import Tensor
 from fastdiff.ops import scheduler_step
 from fastdiff.patching._patch import PATCH
 from fastdiff.patching._site import SITE, Site
+from fastdiff.schedulers.plan import Plan, plan_of
 from fastdiff.schedulers.probe import (
     CLAMPED,
     MODEL_OUTPUT,
     NOISE,
     SAMPLE,
-    SECOND_NOISE,
     Call,
     Constant,
-    LinearStep,
     Moment,
     NotLinear,
-    Source,
     probe,
     twin_of,
 )
@@ -43,97 +40,6 @@ MAX_TABLES = 32
 REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
 
 _version = attrgetter("_version")
-
-
-class Launch(NamedTuple):
-    """Arguments of one ``scheduler_step`` call; ``history`` are positions among the step's values."""
-
-    history: tuple[int, ...]
-    noise: bool
-    prev: list[float]
-    entry: list[float]
-    clip: float | None
-    prev_dtype: torch.dtype | None
-    entry_dtype: torch.dtype | None
-    kept: list[float]
-    kept_dtype: torch.dtype | None
-
-    def with_defaults(self, call: Call) -> Launch:
-        """Without the dtypes that the op takes by itself: each costs as much as a lookup."""
-        return self._replace(
-            prev_dtype=None if self.prev_dtype == call.sample else self.prev_dtype,
-            entry_dtype=None if self.entry_dtype == call.model_output else self.entry_dtype,
-            kept_dtype=None if self.kept_dtype == call.sample else self.kept_dtype,
-        )
-
-
-#: A value after the step: the position of a tensor among the step's values, or what is no tensor.
-After = int | Constant
-
-
-class Plan(NamedTuple):
-    """One step, ready to run.
-
-    The step's values are (sample, model output, new entry, noise, second noise, *history, *results of the
-    launches); fields and history refer to them by position.
-    """
-
-    launches: tuple[Launch, ...]
-    drawn: tuple[torch.dtype, ...]
-    output: type
-    fields: tuple[tuple[str, After], ...]
-    history: tuple[tuple[str, After | list[After]], ...]
-    state: tuple[tuple[str, Any], ...]
-    past: tuple[int | None, ...]
-
-
-def plan_of(step: LinearStep) -> Plan:
-    """How ``scheduler_step`` does ``step``."""
-    if not step.computed:
-        raise NotLinear("the step computes nothing")
-    inputs = len(step.computed[0].coefficients)
-    entry: list[float] = []
-    entry_dtype, entry_index = None, None
-    if step.clamp is not None:
-        entry, entry_dtype = list(step.clamp.coefficients), step.clamp.dtype
-    else:
-        for i, tensor in enumerate(step.computed[1:], 1):
-            if not any(tensor.coefficients[CLAMPED:]):
-                entry, entry_dtype, entry_index = list(tensor.coefficients[:CLAMPED]), tensor.dtype, i
-                break
-    others = [i for i in range(len(step.computed)) if i != entry_index]
-    positions = {i: inputs + n for n, i in enumerate(others)}
-    if entry_index is not None:
-        positions[entry_index] = CLAMPED
-    launches: list[Launch] = []
-    for pair in zip_longest(others[::2], others[1::2]):
-        first, *second = [step.computed[i] for i in pair if i is not None]
-        both = [t.coefficients for t in (first, *second)]
-        used = [j for j in range(SECOND_NOISE, inputs) if any(c[j] for c in both)]
-        # The entry is written by the first launch; a later one needs it only where it is part of a sum.
-        own = entry if not launches or any(c[CLAMPED] for c in both) else []
-        prev, *kept = [[*c[:SECOND_NOISE], *(c[j] for j in used)] for c in both]
-        launches.append(
-            Launch(tuple(used), any(c[NOISE] for c in both), prev, own, step.clamp.bound if step.clamp and own else None,
-                   first.dtype, entry_dtype, kept[0] if kept else [], second[0].dtype if second else None)
-        )
-
-    def after(result: Source | Constant) -> After:
-        if isinstance(result, Constant):
-            return result
-        return positions[result.position] if result.computed else result.position
-
-    output, fields = step.output
-    return Plan(
-        tuple(launches),
-        step.drawn,
-        output,
-        tuple((name, after(result)) for name, result in fields),
-        tuple((name, [after(r) for r in results] if isinstance(results, list) else after(results))
-              for name, results in step.history),
-        step.state,
-        step.past,
-    )
 
 
 class _Configuration:
@@ -309,10 +215,14 @@ class Stepper:
         for scalar in scalars:
             if not isinstance(scalar, (int, float)):
                 return f"an argument of the step is a {type(scalar).__name__}, not a number"
-        past, times = self._past(timestep, moment), [arguments[name] for name in sampler.timesteps]
-        further = [None if t is None else self._moment(t) for t in times]
-        if past is None or (None in further and any(t is not None and m is None for t, m in zip(times, further))):
-            return "a timestep is not one number"
+        past = self._past(timestep, moment)
+        further: list[Moment | None] = []
+        for name in sampler.timesteps:
+            further.append(None if arguments[name] is None else self._moment(arguments[name]))
+            if further[-1] is None and arguments[name] is not None:
+                return f"{name} is not one number"
+        if past is None:
+            return "an earlier timestep is not one number"
         return_dict = arguments.get("return_dict")
         call = Call(moment, begin, sample.dtype, model_output.dtype, noise_dtype,
                     tuple([attributes.get(name) for name in sampler.state]), tuple(history), past, scalars,
@@ -366,7 +276,8 @@ class Stepper:
             plan = f"the stock step raises {type(error).__name__}"
         else:
             attributes = vars(self.scheduler)
-            state = {n: v for (n, v), old in zip(plan.state, call.state, strict=True) if n in attributes or v is not old}
+            states = zip(plan.state, call.state, strict=True)
+            state = {name: v for (name, v), old in states if name in attributes or v is not old}
             for name, value in state.items():
                 if isinstance(value, Tensor):
                     state[name] = configuration.kept(value, attributes["sigmas"].device)

@@ -165,7 +165,8 @@ def _configurations() -> list[Configuration]:
 
     add("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True})
     add("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True})
-    add("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "use_dynamic_shifting": True}, {"steps": 8, "mu": 0.7})
+    add("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "use_dynamic_shifting": True},
+        {"steps": 8, "mu": 0.7})
     add("FlowMatchEulerDiscreteScheduler", {}, s_churn=5.0, s_noise=1.1)  # which it ignores
     add("FlowMatchHeunDiscreteScheduler", {"shift": 3.0})
     add("FlowMatchLCMScheduler", {"shift": 3.0})
@@ -231,7 +232,7 @@ def left_stock() -> list[tuple[str, str]]:
     found = [(name, "all") for name in STOCK if hasattr(diffusers.schedulers, name)]
     for name in AVAILABLE:
         cls, sampler = getattr(diffusers.schedulers, name), SAMPLERS[name]
-        known = [*inspect.signature(cls.__init__).parameters, *inspect.signature(getattr(cls, sampler.method)).parameters]
+        known = [name for f in (cls.__init__, getattr(cls, sampler.method)) for name in inspect.signature(f).parameters]
         found += [(name, option) for option in STOCK_OPTIONS if option in known]
         found += [(name, method) for method, _ in sampler.others]
     return found

@@ -48,7 +48,8 @@ def make(name: str, patched: bool = False, **config: Any) -> Any:
 
 def set_timesteps(scheduler: Any, steps: int, **arguments: Any) -> None:
     """``set_timesteps`` with the arguments that this class needs."""
-    scheduler.set_timesteps(**{"num_inference_steps": steps, **SCHEDULES.get(type(scheduler).__name__, {}), **arguments})
+    own = SCHEDULES.get(type(scheduler).__name__, {})
+    scheduler.set_timesteps(**{"num_inference_steps": steps, **own, **arguments})
 
 
 class Walk:

@@ -1,0 +1,102 @@
+"""A step of which the map is known, as launches of ``scheduler_step``."""
+
+from __future__ import annotations
+
+from itertools import zip_longest
+from typing import Any, NamedTuple
+
+import torch
+
+from fastdiff.schedulers.probe import CLAMPED, NOISE, SECOND_NOISE, Call, Constant, LinearStep, NotLinear, Source
+
+
+class Launch(NamedTuple):
+    """Arguments of one ``scheduler_step`` call; ``history`` are positions among the step's values."""
+
+    history: tuple[int, ...]
+    noise: bool
+    prev: list[float]
+    entry: list[float]
+    clip: float | None
+    prev_dtype: torch.dtype | None
+    entry_dtype: torch.dtype | None
+    kept: list[float]
+    kept_dtype: torch.dtype | None
+
+    def with_defaults(self, call: Call) -> Launch:
+        """Without the dtypes that the op takes by itself: each costs as much as a lookup."""
+        return self._replace(
+            prev_dtype=None if self.prev_dtype == call.sample else self.prev_dtype,
+            entry_dtype=None if self.entry_dtype == call.model_output else self.entry_dtype,
+            kept_dtype=None if self.kept_dtype == call.sample else self.kept_dtype,
+        )
+
+
+#: A value after the step: the position of a tensor among the step's values, or what is no tensor.
+After = int | Constant
+
+
+class Plan(NamedTuple):
+    """One step, ready to run.
+
+    The step's values are (sample, model output, new entry, noise, second noise, *history, *results of the
+    launches); fields and history refer to them by position.
+    """
+
+    launches: tuple[Launch, ...]
+    drawn: tuple[torch.dtype, ...]
+    output: type
+    fields: tuple[tuple[str, After], ...]
+    history: tuple[tuple[str, After | list[After]], ...]
+    state: tuple[tuple[str, Any], ...]
+    past: tuple[int | None, ...]
+
+
+def plan_of(step: LinearStep) -> Plan:
+    """How ``scheduler_step`` does ``step``."""
+    if not step.computed:
+        raise NotLinear("the step computes nothing")
+    inputs = len(step.computed[0].coefficients)
+    entry: list[float] = []
+    entry_dtype, entry_index = None, None
+    if step.clamp is not None:
+        entry, entry_dtype = list(step.clamp.coefficients), step.clamp.dtype
+    else:
+        for i, tensor in enumerate(step.computed[1:], 1):
+            if not any(tensor.coefficients[CLAMPED:]):
+                entry, entry_dtype, entry_index = list(tensor.coefficients[:CLAMPED]), tensor.dtype, i
+                break
+    others = [i for i in range(len(step.computed)) if i != entry_index]
+    positions = {i: inputs + n for n, i in enumerate(others)}
+    if entry_index is not None:
+        positions[entry_index] = CLAMPED
+    launches: list[Launch] = []
+    for pair in zip_longest(others[::2], others[1::2]):
+        first, *second = [step.computed[i] for i in pair if i is not None]
+        both = [t.coefficients for t in (first, *second)]
+        used = [j for j in range(SECOND_NOISE, inputs) if any(c[j] for c in both)]
+        # The entry is written by the first launch; a later one needs it only where it is part of a sum.
+        own = entry if not launches or any(c[CLAMPED] for c in both) else []
+        bound = step.clamp.bound if step.clamp and own else None
+        prev, *kept = [[*c[:SECOND_NOISE], *(c[j] for j in used)] for c in both]
+        launches.append(
+            Launch(tuple(used), any(c[NOISE] for c in both), prev, own, bound, first.dtype, entry_dtype,
+                   kept[0] if kept else [], second[0].dtype if second else None)
+        )
+
+    def after(result: Source | Constant) -> After:
+        if isinstance(result, Constant):
+            return result
+        return positions[result.position] if result.computed else result.position
+
+    output, fields = step.output
+    return Plan(
+        tuple(launches),
+        step.drawn,
+        output,
+        tuple((name, after(result)) for name, result in fields),
+        tuple((name, [after(r) for r in results] if isinstance(results, list) else after(results))
+              for name, results in step.history),
+        step.state,
+        step.past,
+    )
