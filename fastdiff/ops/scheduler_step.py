@@ -38,8 +38,8 @@ def scheduler_step(
 
     and a third combination, of the same tensors as ``next`` with the coefficients ``kept``. ``new`` mostly is the
     predicted clean sample; predictor-corrector samplers keep the corrected sample besides, Heun's and linear
-    multistep the derivative. Computed in float32 (float64 if a tensor is), each result rounded once; ``next`` and
-    the third use ``new`` unrounded.
+    multistep the derivative. Computed at least in float32, each result rounded once; ``next`` and the third use
+    ``new`` unrounded. The terms of an fp32 step cancel, so kernels sum those in fp64.
 
     Args:
         sample, model_output: of one shape.

@@ -198,6 +198,8 @@ class _Before:
         if self.claim is None and claim is not None:
             vars(self.x).pop(CLAIM)
             claim.unfollow()
+            for found in list(claim.patches):  # of schedulers that the pipeline was given since
+                _release(claim, found)
         elif self.claim is not None:
             self.claim.options = self.options
 

@@ -220,6 +220,16 @@ def test_a_shared_scheduler_that_one_pipeline_drops_stays_patched() -> None:
     assert patch_of(second.scheduler) is None
 
 
+def test_scheduler_set_within_the_context() -> None:
+    pipe = sd_pipeline()
+    with fastdiff.patched(pipe):
+        pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+        run_sd(pipe)
+        assert patch_of(pipe.scheduler) is not None
+    assert patch_of(pipe.scheduler) is None
+    assert "progress_bar" not in vars(pipe)
+
+
 def test_progress_bar_of_the_user_stays() -> None:
     pipe = sd_pipeline()
     bars: list[Any] = []
