@@ -1,9 +1,8 @@
 """A pytest plugin that runs somebody else's tests of Diffusers with fastdiff: ``pytest -p autopatch``.
 
-Every model that fastdiff knows is patched when it is created, and every pipeline when it is first called. Tests that
-compare a model with a stock one by identity, or expect methods not to be replaced, may fail; nothing else may. At the
-end it prints how many sites there were and what served their calls, so that a run in which nothing was patched cannot
-pass for a good one. ``make diffusers-tests DIFFUSERS=/path/to/checkout`` runs Diffusers' own suite with it.
+Every model and scheduler that fastdiff knows is patched when it is created, and every pipeline at its first call.
+At the end it prints how many sites there were and what served their calls, so that a run in which nothing was patched
+cannot pass for a good one. ``make diffusers-tests DIFFUSERS=/path/to/checkout`` runs Diffusers' own suite with it.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from autopatch_schedulers import patch_every_scheduler
+from autopatch_schedulers import summary as summary_of_schedulers
 
 #: Sites by class of their owner, backends by operation, and what was patched, over all tests.
 sites: Counter[str] = Counter()
@@ -36,6 +37,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         if "__call__" in vars(cls):
             cls.__call__ = _patching_call(cls.__call__)
 
+    patch_every_scheduler()
     note = Site.note
 
     @functools.wraps(note)
@@ -96,6 +98,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for backend in sorted({backend for _, backend in served}):
         operations = Counter({slot: n for (slot, by), n in served.items() if by == backend})
         terminalreporter.write_line(f"served by {backend}: {sum(operations.values())} calls: {_counts(operations)}")
+    for line in summary_of_schedulers():
+        terminalreporter.write_line(line)
 
 
 def _counts(counter: Counter[str]) -> str:
