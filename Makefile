@@ -39,8 +39,8 @@ test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) ## the tests of patching 
 diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=/checkout; DIFFUSERS_TESTS=... for some
 	@test -d "$(DIFFUSERS)/tests" || { echo "DIFFUSERS=$(DIFFUSERS) is not a checkout of Diffusers"; exit 2; }
 	$(PIP) install parameterized requests-mock requests "httpx<1" # which its tests import
-	cd $(DIFFUSERS) && HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 PYTHONPATH=src:$(CURDIR)/tests $(abspath $(PY)) -m pytest \
-	  -p autopatch -p no:cacheprovider -W ignore -q -n $(JOBS) $(DIFFUSERS_TESTS)
+	cd $(DIFFUSERS) && HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(DIFFUSERS))/src:$(CURDIR)/tests $(abspath $(PY)) -m pytest \
+	  -p autopatch -p no:cacheprovider -W ignore -q $(DIFFUSERS_TESTS)
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(PY) -m ruff check .

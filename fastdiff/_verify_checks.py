@@ -316,7 +316,8 @@ def _step_of_copy(site: Site, args: Any, kwargs: Any, drawn: list[torch.dtype], 
     draw = getattr(module, "randn_tensor", None)
     with torch.random.fork_rng(), contextlib.ExitStack() as stack:
         if draw is not None:
-            noise = functools.partial(_draw_again, draw, iter(drawn)) if exact else functools.partial(_draw, draw, drawn)
+            again = functools.partial(_draw_again, draw, iter(drawn))
+            noise = again if exact else functools.partial(_draw, draw, drawn)
             stack.enter_context(mock.patch.object(module, "randn_tensor", noise))
         if exact:
             for name in set(sampler.history) & vars(twin).keys():

@@ -344,5 +344,5 @@ def test_synthetic_inputs_of_every_conditioning(config: dict[str, Any]) -> None:
 def test_unknown_conditioning_asks_for_arguments() -> None:
     model = sd15_unet()
     model.register_to_config(addition_embed_type="sound")
-    with pytest.raises(ValueError, match="addition_embed_type='sound', .*: pass the arguments of a forward"):
+    with pytest.raises(ValueError, match=r"addition_embed_type='sound', .*: pass the arguments of a forward"):
         fastdiff.verify(model)
