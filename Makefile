@@ -9,6 +9,9 @@ VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
+# What of Diffusers' tests can run offline and has models that fastdiff knows.
+DIFFUSERS_TESTS ?= tests/models/unets tests/models/autoencoders/test_models_autoencoder_kl.py tests/schedulers \
+  tests/models/transformers/test_models_dit_transformer2d.py tests/pipelines/ddpm tests/pipelines/ddim tests/pipelines/dit
 # The oldest supported Diffusers; the newest is what pyproject.toml installs.
 DIFFUSERS_MIN ?= 0.38.0
 
@@ -19,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --disable-warnings --tb=short
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-diffusers-min lint build info clean
+.PHONY: help demo test test-diffusers-min diffusers-tests lint build info clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -32,6 +35,12 @@ test: $(VENV)/.installed ## run all tests; PYTEST_ARGS="-k norm" for some
 
 test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) ## the tests of patching with the oldest supported Diffusers
 	PYTHONPATH=$< $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
+
+diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=/checkout; DIFFUSERS_TESTS=... for some
+	@test -d "$(DIFFUSERS)/tests" || { echo "DIFFUSERS=$(DIFFUSERS) is not a checkout of Diffusers"; exit 2; }
+	$(PIP) install parameterized requests-mock requests "httpx<1" # which its tests import
+	cd $(DIFFUSERS) && HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(DIFFUSERS))/src:$(CURDIR)/tests $(abspath $(PY)) -m pytest \
+	  -p autopatch -p no:cacheprovider -W ignore -q $(DIFFUSERS_TESTS)
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(PY) -m ruff check .

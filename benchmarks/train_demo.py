@@ -192,8 +192,12 @@ def train_vae(vae: AutoencoderKL, images: torch.Tensor, args: argparse.Namespace
 
 def train_unet(
     pipe: StableDiffusionPipeline, images: torch.Tensor, labels: torch.Tensor, args: argparse.Namespace
-) -> None:
-    """Fit U-Net and text encoder to images (N, 1, 32, 32) in [0, 1] with labels (N,); leaves EMA weights."""
+) -> list[float]:
+    """Fit U-Net and text encoder to images (N, 1, 32, 32) in [0, 1] with labels (N,); leaves EMA weights.
+
+    Returns:
+        The loss of every step.
+    """
     torch.manual_seed(args.seed)
     unet, text_encoder = pipe.unet, pipe.text_encoder
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -206,6 +210,7 @@ def train_unet(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.unet_lr, args.unet_steps, pct_start=0.05)
     both = torch.nn.ModuleList([unet, text_encoder]).train()
     unet.to(memory_format=torch.channels_last)
+    losses: list[float] = []
     with progress() as bar:
         task = bar.add_task("U-Net", total=args.unet_steps, loss=float("nan"))
         for step in range(args.unet_steps):
@@ -220,10 +225,12 @@ def train_unet(
             loss = F.mse_loss(predicted.float(), scheduler.get_velocity(clean, noise, timesteps))
             update(loss, both, optimizer, schedule)
             ema.step(parameters)
+            losses.append(loss.item())
             report(bar, task, step, args.unet_steps, loss)
     ema.copy_to(parameters)
     both.eval()
     unet.to(memory_format=torch.contiguous_format)
+    return losses
 
 
 def autocast(args: argparse.Namespace) -> AbstractContextManager:

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, Group, RenderResult
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 
 from fastdiff._launches import count_launches
+from fastdiff._table import Printable, grouped
 from fastdiff.patching import Patch, components_of, follows, patches_of, unwrap
 from fastdiff.patching._site import Site
 from fastdiff.patching.families import example_of
@@ -59,7 +59,28 @@ class Launches:
 
 
 @dataclass(frozen=True)
-class Report:
+class Part:
+    """The coverage of one component: a model of one family, or the scheduler.
+
+    Attributes:
+        component: its name in the pipeline; empty for a model by itself.
+        cls: its class.
+        fused: places that kernels alone served at the latest call; one that ran eager or did not run is none.
+        places: all places for fused kernels.
+    """
+
+    component: str
+    cls: str
+    fused: int
+    places: int
+
+    @property
+    def coverage(self) -> float:
+        return self.fused / self.places if self.places else 0.0
+
+
+@dataclass(frozen=True)
+class Report(Printable):
     """The report of one object; prints as a table with :mod:`rich` (``rich.print(report)``).
 
     Attributes:
@@ -68,6 +89,7 @@ class Report:
         savings: what is saved besides, as sentences.
         launches: per component, when asked for.
         layouts: models whose memory layout is chosen, ``backend`` being the layout of the latest call.
+        parts: the coverage of every component.
     """
 
     name: str
@@ -75,6 +97,7 @@ class Report:
     savings: tuple[str, ...] = ()
     launches: tuple[Launches, ...] = field(default=())
     layouts: tuple[Row, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -97,6 +120,7 @@ class Report:
         return {
             "name": self.name,
             "coverage": self.coverage,
+            "parts": [{**asdict(part), "coverage": part.coverage} for part in self.parts],
             "backends": self.backends,
             "savings": list(self.savings),
             "rows": [{**asdict(row), "served_by": dict(row.served_by)} for row in self.rows],
@@ -109,14 +133,10 @@ class Report:
         table = Table(title=f"fastdiff: {self.name}", title_justify="left")
         for name in ("where", "class", "computes", "by", "reason"):
             table.add_column(name, overflow="fold")
-        groups: dict[tuple[str, ...], list[Row]] = {}
-        for row in self.rows:
-            path = row.path if full else row.path.partition(".")[0]
-            groups.setdefault((path, row.cls, row.what, row.backend, row.reason), []).append(row)
-        for (path, cls, what, backend, reason), rows in groups.items():
-            where = rows[0].path if len(rows) == 1 else f"{path} x{len(rows)}"
-            style = "green" if rows[0].fused else "" if backend == NOT_RUN else "yellow"
-            table.add_row(Text(where), cls, what, Text(backend, style), Text(reason))
+        for where, rows in grouped(self.rows, lambda r: (r.cls, r.what, r.backend, r.reason), full=full):
+            row = rows[0]
+            style = "green" if row.fused else "" if row.backend == NOT_RUN else "yellow"
+            table.add_row(Text(where), row.cls, row.what, Text(row.backend, style), Text(row.reason))
         table.add_section()
         for row in self.layouts:
             style = "" if row.backend in (NOT_RUN, STOCK) else "green"
@@ -127,6 +147,8 @@ class Report:
         """The totals in one line or a few."""
         places = [row for row in self.rows if row.kernel]
         lines = [f"{self.fused} of {len(places)} places fused ({self.coverage:.0%}): {_parts(places)}"]
+        if len(self.parts) > 1:
+            lines += [f"  {p.component} ({p.cls}): {p.fused} of {p.places} ({p.coverage:.0%})" for p in self.parts]
         if len(places) < len(self.rows):
             lines.append(f"packed weights: {_parts([row for row in self.rows if not row.kernel])}")
         lines += self.savings
@@ -136,15 +158,6 @@ class Report:
                 f"{entry.component}: {entry.before} launches a forward before, {entry.after} after (-{saved:.0%})"
             )
         return "\n".join(lines)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Group(self.table(), Text(self.summary()))
-
-    def __str__(self) -> str:
-        console = Console(width=160, no_color=True)
-        with console.capture() as capture:
-            console.print(self)
-        return capture.get()
 
 
 def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
@@ -169,10 +182,11 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
     rows: list[Row] = []
     layouts: list[Row] = []
     counts: list[Launches] = []
+    parts: list[Part] = []
     patches = {id(root): patch for root, patch in found}
     for name, component in ({"": x} if components is None else components).items():
         component = unwrap(component)
-        patch = patches.get(id(component))
+        patch, before = patches.get(id(component)), len(rows)
         if patch is not None:
             rows += [_row(name, site) for site in patch.sites]
             rows += [
@@ -191,8 +205,11 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
             what_next = "the pipeline's next call patches it" if follows(x) else "patch the pipeline again"
             reason = f"set after patching; {what_next}"
             rows.append(Row(name, type(component).__name__, "scheduler step", {}, STOCK, reason))
+        places = [row for row in rows[before:] if row.kernel]
+        if places:
+            parts.append(Part(name, type(component).__name__, sum(row.fused for row in places), len(places)))
     savings = tuple(saving for _, patch in found for saving in patch.savings)
-    return Report(type(x).__name__, tuple(rows), savings, tuple(counts), tuple(layouts))
+    return Report(type(x).__name__, tuple(rows), savings, tuple(counts), tuple(layouts), tuple(parts))
 
 
 def _row(prefix: str, site: Site) -> Row:

@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     parser.add_argument("--scheduler", default=None, help="a Diffusers scheduler class, e.g. EulerDiscreteScheduler")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tolerance", type=float, default=None, help="largest error (default: from eager's)")
+    parser.add_argument("--bisect", action="store_true", help="find the first wrong layer, and the function behind it")
     parser.add_argument("--full", action="store_true", help="one line per layer")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
 
@@ -34,7 +36,8 @@ def run(args: argparse.Namespace) -> int:
     try:
         pipe = demo.load(args)
         pipe.set_progress_bar_config(disable=True)
-        result = fastdiff.verify(pipe, seed=args.seed, **demo.call_arguments(pipe, args))
+        call = demo.call_arguments(pipe, args)
+        result = fastdiff.verify(pipe, seed=args.seed, tolerance=args.tolerance, bisect=args.bisect, **call)
     except (ImportError, OSError, ValueError, AttributeError) as error:
         print(f"fastdiff verify: {error}", file=sys.stderr)
         return 2

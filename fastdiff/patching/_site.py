@@ -65,7 +65,7 @@ class Replacement:
         if self.own:
             captured = [(o, n) for o, n in holders(self.owner, self.name) if self._is_stock(getattr(o, n))]
             if not captured:
-                return f"its {self.name} was already replaced by {_name(vars(self.owner)[self.name])}"
+                return f"its {self.name} was already replaced by {name_of(vars(self.owner)[self.name])}"
         for holder, name in captured:
             setattr(holder, name, self.new)
         if self._suspended is not None:
@@ -219,7 +219,8 @@ def site_of(owner: Any) -> Site | None:
     return vars(owner).get(SITE)
 
 
-def _name(value: Any) -> str:
+def name_of(value: Any) -> str:
+    """Of a replacement, or whatever else is in a method's place: the function behind it, as ``module.qualname``."""
     while isinstance(value, (functools.partial, MethodType)):
         value = value.func if isinstance(value, functools.partial) else value.__func__
     if isinstance(value, FunctionType):

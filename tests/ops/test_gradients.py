@@ -78,7 +78,7 @@ NORMS = {
     "modulated": norm_call((2, 40, 9, 11), 8, modulated=True),
     "modulated nhwc": norm_call((2, 40, 9, 11), 8, nhwc=True, modulated=True),
     "nhwc tokens": norm_call((2, 24, 13, 5), 3, nhwc=True, tokens=True),
-    "one channel a group": norm_call((1, 7, 5, 3), 7, modulated=True),
+    "one channel a group": norm_call((3, 42, 5, 3), 42, modulated=True),
     "one group, long": norm_call((1, 12, 50, 41), 1),
     "long nhwc": norm_call((1, 20, 50, 41), 4, nhwc=True),
     "no pixels": norm_call((3, 64), 8),

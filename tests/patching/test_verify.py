@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,8 @@ from fastdiff import ops
 from fastdiff.backends import Choice
 from fastdiff.cli import main
 from fastdiff.patching import patch_of
+from fastdiff.patching._site import Replacement
+from fastdiff.patching.blocks.feed_forward import geglu_projection
 
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 CALL: dict[str, Any] = {
@@ -102,6 +107,107 @@ def test_wrong_kernels_fail(wrong: str, dtype: torch.dtype, monkeypatch: pytest.
         assert len(failed) == 1
 
 
+def _break(monkeypatch: pytest.MonkeyPatch, op: Any, wrong: Callable[..., Any]) -> None:
+    """From now on ``op`` is served by ``wrong(kernel, *args, **kwargs)``."""
+    choose = type(op).choose
+
+    def choosing(self: Any, *args: Any, **kwargs: Any) -> Choice:
+        found = choose(self, *args, **kwargs)
+        return found if self is not op else Choice("cpu", functools.partial(wrong, found.run))
+
+    monkeypatch.setattr(type(op), "choose", choosing)
+
+
+def test_bisect_finds_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kernel is wrong, for one of the shapes that the model has: the first site of the run with it is named."""
+
+    def wrong(kernel: Callable[..., Any], x: torch.Tensor, *args: Any, temb: Any = None, **kwargs: Any) -> Any:
+        result = kernel(x, *args, temb=temb, **kwargs)
+        return result * 1.0001 if temb is not None and x.shape[1] == 48 else result
+
+    _break(monkeypatch, ops.group_norm_silu, wrong)
+    model = sd15_unet()
+    result = fastdiff.verify(model, bisect=True)
+    assert not result.ok
+    culprit = result.culprit
+    assert culprit is not None
+    assert (culprit.path, culprit.cls) == ("down_blocks.1.resnets.0", "ResnetBlock2D")
+    assert culprit.function == "fastdiff.patching.blocks.resnet.resnet_block"
+    assert (culprit.operation, culprit.op, culprit.backend) == ("norm2", "group_norm_silu", "cpu")
+    assert culprit.error is not None and culprit.limit is not None
+    assert 0.9e-4 < culprit.error < 1.1e-4 and culprit.limit < 1e-5
+    assert "first at down_blocks.1.resnets.0 (ResnetBlock2D)" in str(result)
+    assert "norm2: fastdiff.ops.group_norm_silu by cpu" in str(result)
+    assert result.to_dict()["culprit"]["op"] == "group_norm_silu"
+    sites = [c.path for c in result.sites if c.ok is False]
+    assert culprit.path in sites and len(sites) > 1  # later ones are wrong too
+
+    tolerant = fastdiff.verify(model, bisect=True, tolerance=1e-2)
+    assert tolerant.ok and tolerant.culprit is None
+    strict = fastdiff.verify(model, bisect=True, tolerance=1e-12)
+    assert strict.culprit is not None and strict.culprit.path == "down_blocks.0.resnets.0"
+
+
+def test_bisect_finds_code_around_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
+        return geglu_projection(self, hidden_states) * 1.001
+
+    monkeypatch.setattr(Replacement, "__init__", _replacing(geglu_projection, wrong))
+    result = fastdiff.verify(sd15_unet(), bisect=True)
+    culprit = result.culprit
+    assert culprit is not None and culprit.cls == "GEGLU" and culprit.path.startswith("down_blocks.0.")
+    assert culprit.function.endswith("wrong") and not culprit.operation
+    assert "its operations hold one by one" in str(culprit)
+
+
+def _replacing(old: Any, new: Any) -> Callable[..., None]:
+    init = Replacement.__init__
+
+    def patched_init(self: Any, owner: Any, name: str, function: Any) -> None:
+        init(self, owner, name, new if function is old else function)
+
+    return patched_init
+
+
+def test_bisect_finds_what_spoils_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that writes over what an earlier site has computed passes by itself; bisection finds it."""
+    kept: list[torch.Tensor] = []
+
+    def keep(kernel: Callable[..., Any], x: torch.Tensor, *args: Any, silu: bool = True, **kwargs: Any) -> Any:
+        if not silu:  # the entrance of a transformer, whose input is its residual
+            kept[:] = [x]
+        return kernel(x, *args, silu=silu, **kwargs)
+
+    def spoil(kernel: Callable[..., Any], x: torch.Tensor) -> Any:
+        if kept:
+            kept.pop().mul_(1.01)
+        return kernel(x)
+
+    _break(monkeypatch, ops.group_norm_silu, keep)
+    _break(monkeypatch, ops.geglu, spoil)
+    result = fastdiff.verify(sd15_unet(), bisect=True)
+    assert not any(c.ok is False for c in result.sites if c.cls != "ResnetBlock2D"), str(result)
+    assert [c.ok for c in result.models] == [False]
+    culprit = result.culprit
+    assert culprit is not None and culprit.cls == "GEGLU" and culprit.path.startswith("down_blocks.0.")
+    assert "it holds by itself, but with it the model as a whole does not" in str(culprit)
+
+
+def test_bisect_finds_a_scheduler(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(kernel: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        sample, *others = kernel(*args, **kwargs)
+        return sample * 1.001, *others
+
+    _break(monkeypatch, ops.scheduler_step, wrong)
+    culprit = fastdiff.verify(sd_pipeline(), bisect=True, **CALL).culprit
+    assert culprit is not None and (culprit.path, culprit.cls) == ("scheduler", "DDIMScheduler")
+    assert culprit.function.startswith("fastdiff.schedulers.")
+
+
+def test_bisect_of_what_holds() -> None:
+    assert fastdiff.verify(sd15_unet(), bisect=True).culprit is None
+
+
 def test_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = type(ops.geglu).choose
 
@@ -145,9 +251,13 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     arguments = ["verify", "--model", str(tmp_path), "--steps", "2"]
     assert main(arguments) == 0
     assert "verified" in capsys.readouterr().out
-    monkeypatch.setattr("fastdiff._verify.limit_of", lambda *args: 0.0)
-    assert main(arguments) == 1
-    assert "FAILED" in capsys.readouterr().out
+    monkeypatch.setattr("fastdiff._verify_checks.limit_of", lambda *args: 0.0)
+    assert main([*arguments, "--bisect"]) == 1
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "FAILED" in printed
+    assert "first at unet.down_blocks.0.resnets.0 (ResnetBlock2D), in fastdiff.patching.blocks.resnet" in printed
+    assert main([*arguments, "--tolerance", "0.1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["culprit"] is None
     assert main(["verify", "--model", str(tmp_path / "none")]) == 2
     assert "fastdiff verify:" in capsys.readouterr().err
 
@@ -162,8 +272,6 @@ def test_nothing_to_verify() -> None:
 
 
 def test_as_data() -> None:
-    import json
-
     result = fastdiff.verify(CASES[3].build())
     data = json.loads(json.dumps(result.to_dict()))
     assert data["ok"] is True
@@ -235,6 +343,6 @@ def test_synthetic_inputs_of_every_conditioning(config: dict[str, Any]) -> None:
 
 def test_unknown_conditioning_asks_for_arguments() -> None:
     model = sd15_unet()
-    model.register_to_config(encoder_hid_dim=16, encoder_hid_dim_type="ip_image_proj")  # as with an IP-Adapter
-    with pytest.raises(ValueError, match="encoder_hid_dim_type='ip_image_proj': pass the arguments of a forward"):
+    model.register_to_config(addition_embed_type="sound")
+    with pytest.raises(ValueError, match=r"addition_embed_type='sound', .*: pass the arguments of a forward"):
         fastdiff.verify(model)
