@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import diffusers.models
+import published
 import torch
 from models import CASES, Case, randomized
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class Entry:
     source: str = ""
     least: float = 1.0
 
-    def published(self) -> nn.Module:
-        """The published model, without weights."""
+    def without_weights(self) -> nn.Module:
+        """The published model, on the meta device."""
         assert self.public is not None
         with torch.device("meta"):
             return model_class(self.cls)(**self.public)
@@ -134,73 +135,21 @@ _3D = {
     "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
 }
 
-# Published configurations, as in the checkpoints' config.json or the scripts that converted them.
-_SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
-_SD2 = {
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-    "sample_size": 96,
-}
-_SDXL = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "attention_head_dim": (5, 10, 20),
-    "transformer_layers_per_block": (1, 2, 10),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-_SDXL_UP = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D")}
-_REFINER = {
-    "sample_size": 128,
-    "block_out_channels": (384, 768, 1536, 1536),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (6, 12, 24, 24),
-    "transformer_layers_per_block": 4,
-    "cross_attention_dim": 1280,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2560,
-}
-_SIMPLE = {
-    "down_block_types": ("ResnetDownsampleBlock2D", *("SimpleCrossAttnDownBlock2D",) * 3),
-    "up_block_types": (*("SimpleCrossAttnUpBlock2D",) * 3, "ResnetUpsampleBlock2D"),
-    "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
-    "layers_per_block": 3,
-    "attention_head_dim": 64,
-    "resnet_time_scale_shift": "scale_shift",
-    "sample_size": 64,
-}
-_KANDINSKY2 = _SIMPLE | {"block_out_channels": (384, 768, 1152, 1536), "out_channels": 8, "cross_attention_dim": 768}
-_KL = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-}
-_KL_UP = {"up_block_types": ("UpDecoderBlock2D",) * 4}
-
 ZOO = (
     Entry(CASES[0], "Stable Diffusion 1.x: text to image, img2img, LCM, Turbo, PAG", "UNet2DConditionModel",
-          public=_SD15, source="stable-diffusion-v1-5"),
+          public=published.SD15, source="stable-diffusion-v1-5"),
     Entry(CASES[0], "Stable Diffusion 1.x inpainting", "UNet2DConditionModel",
-          public=_SD15 | {"in_channels": 9}, source="stable-diffusion-inpainting"),
+          public=published.SD15 | {"in_channels": 9}, source="stable-diffusion-inpainting"),
     Entry(CASES[0], "InstructPix2Pix", "UNet2DConditionModel",
-          public=_SD15 | {"in_channels": 8}, source="timbrooks/instruct-pix2pix"),
+          public=published.SD15 | {"in_channels": 8}, source="timbrooks/instruct-pix2pix"),
     Entry(
         _case("SD2", "UNet2DConditionModel",
               {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.24,
               **_TEXT, **_TEXT_UNET, use_linear_projection=True),
-        "Stable Diffusion 2.x", "UNet2DConditionModel", public=_SD2, source="stable-diffusion-2-1",
+        "Stable Diffusion 2.x", "UNet2DConditionModel", public=published.SD2, source="stable-diffusion-2-1",
     ),
     Entry(CASES[1], "Stable Diffusion XL: base, Turbo, Lightning", "UNet2DConditionModel",
-          public=_SDXL | _SDXL_UP, source="stable-diffusion-xl-base-1.0"),
+          public=published.SDXL | published.SDXL_UP, source="stable-diffusion-xl-base-1.0"),
     Entry(
         _case("SDXL refiner", "UNet2DConditionModel",
               {"ResnetBlock2D": 11, "Transformer2DModel": 4, "Attention": 16, "GEGLU": 8, "GroupNorm": 1}, 0.20,
@@ -210,7 +159,7 @@ ZOO = (
               up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), use_linear_projection=True,
               addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=72),
         "Stable Diffusion XL refiner", "UNet2DConditionModel",
-        public=_REFINER, source="stable-diffusion-xl-refiner-1.0",
+        public=published.REFINER, source="stable-diffusion-xl-refiner-1.0",
     ),
     Entry(
         _case("latent upscaler", "UNet2DConditionModel", {"AdaGroupNorm": 96, "Attention": 32}, 0.30,
@@ -228,7 +177,7 @@ ZOO = (
               addition_embed_type="text", addition_embed_type_num_heads=2, cross_attention_norm="group_norm",
               act_fn="gelu", left={"conv_norm_out": "conv_act is a GELU"}),
         "DeepFloyd IF, stage 1", "UNet2DConditionModel",
-        public=_SIMPLE | {"block_out_channels": (704, 1408, 2112, 2816), "in_channels": 3, "out_channels": 6,
+        public=published.SIMPLE | {"block_out_channels": (704, 1408, 2112, 2816), "in_channels": 3, "out_channels": 6,
                           "cross_attention_dim": 2816, "cross_attention_norm": "group_norm", "act_fn": "gelu",
                           "encoder_hid_dim": 4096, "encoder_hid_dim_type": "text_proj", "addition_embed_type": "text"},
         source="DeepFloyd/IF-I-XL-v1.0", least=0.98,
@@ -238,7 +187,7 @@ ZOO = (
               **_ADDED_KV, out_channels=8, encoder_hid_dim=24, encoder_hid_dim_type="text_image_proj",
               addition_embed_type="text_image"),
         "Kandinsky 2.1", "UNet2DConditionModel",
-        public=_KANDINSKY2 | {"encoder_hid_dim": 1024, "encoder_hid_dim_type": "text_image_proj",
+        public=published.KANDINSKY2 | {"encoder_hid_dim": 1024, "encoder_hid_dim_type": "text_image_proj",
                               "addition_embed_type": "text_image"},
         source="kandinsky-2-1",
     ),
@@ -247,7 +196,7 @@ ZOO = (
               **_ADDED_KV, out_channels=8, encoder_hid_dim=24, encoder_hid_dim_type="image_proj",
               addition_embed_type="image"),
         "Kandinsky 2.2", "UNet2DConditionModel",
-        public=_KANDINSKY2 | {"encoder_hid_dim": 1280, "encoder_hid_dim_type": "image_proj",
+        public=published.KANDINSKY2 | {"encoder_hid_dim": 1280, "encoder_hid_dim_type": "image_proj",
                               "addition_embed_type": "image"},
         source="kandinsky-2-2-decoder",
     ),
@@ -255,7 +204,7 @@ ZOO = (
         _case("unCLIP", "UNet2DConditionModel", _ADDED_KV_SITES, 0.36,
               **_ADDED_KV, in_channels=3, out_channels=6, class_embed_type="identity"),
         "unCLIP (Karlo) decoder", "UNet2DConditionModel",
-        public=_SIMPLE | {"block_out_channels": (320, 640, 960, 1280), "in_channels": 3, "out_channels": 6,
+        public=published.SIMPLE | {"block_out_channels": (320, 640, 960, 1280), "in_channels": 3, "out_channels": 6,
                           "cross_attention_dim": 1536, "class_embed_type": "identity"},
         source="kakaobrain/karlo-v1-alpha",
     ),
@@ -377,7 +326,8 @@ ZOO = (
               **_CONTROLNET, num_trans_channel=32, num_trans_head=4, num_proj_channel=32,
               addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80),
         "Stable Diffusion XL ControlNet Union", "ControlNetUnionModel",
-        public={k: v for k, v in _SDXL.items() if k != "sample_size"}, source="xinsir/controlnet-union-sdxl-1.0",
+        public={k: v for k, v in published.SDXL.items() if k != "sample_size"},
+        source="xinsir/controlnet-union-sdxl-1.0",
     ),
     Entry(
         _case("ControlNet-XS", "UNetControlNetXSModel",
@@ -391,13 +341,13 @@ ZOO = (
         "ControlNet-XS", "UNetControlNetXSModel",
     ),
     Entry(CASES[4], "VAE of Stable Diffusion 1.x, 2.x and XL", "AutoencoderKL",
-          public=_KL | _KL_UP, source="sd-vae-ft-mse"),
+          public=published.KL | published.KL_UP, source="sd-vae-ft-mse"),
     Entry(
         _case("VAE of Stable Video Diffusion", "AutoencoderKLTemporalDecoder",
               {"ResnetBlock2D": 14, "TemporalResnetBlock": 8, "Attention": 2, "GroupNorm": 2}, 0.36,
               **(_VAE | {"layers_per_block": 2})),
         "VAE of Stable Video Diffusion", "AutoencoderKLTemporalDecoder",
-        public=_KL, source="stable-video-diffusion-img2vid-xt",
+        public=published.KL, source="stable-video-diffusion-img2vid-xt",
     ),
     Entry(
         _case("MoVQ", "VQModel", {"ResnetBlock2D": 4, "SpatialNorm": 16, "Attention": 5, "GroupNorm": 1}, 0.20,
