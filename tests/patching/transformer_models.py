@@ -185,7 +185,7 @@ _SANA = {
     "num_cross_attention_heads": 3, "cross_attention_head_dim": 20, "cross_attention_dim": 60, "caption_channels": 28,
     "sample_size": 8,
 }  # fmt: skip
-_LINEAR = {("Attention", "its processor is SanaLinearAttnProcessor2_0"): 2}
+_LINEAR = {("Attention", "its attention has no softmax"): 2}
 
 TRANSFORMERS = [
     Transformer("Flux dev", FluxTransformer2DModel, _FLUX | {"guidance_embeds": True}, _FLUX_DEPTH, 0.6,

@@ -124,6 +124,13 @@ def block_row(
     )
 
 
+def left_row(cls: str, what: str, reason: str, applies: Callable[[Any], bool] = lambda module: True) -> Block:
+    """The row of a class that stays stock, for the report."""
+    return Block(
+        cls=cls, what=what, sources=(), methods=lambda module: [], refuse=lambda module: reason, applies=applies
+    )
+
+
 @guarded("norm")
 def zero_single(self: Any, x: Tensor, emb: Any = None) -> tuple[Tensor, Tensor]:
     """Replaces ``AdaLayerNormZeroSingle.forward``."""

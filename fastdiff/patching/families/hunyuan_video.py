@@ -15,6 +15,7 @@ from fastdiff.patching.blocks.adaln import (
     gated,
     gated_feed_forward,
     guarded,
+    left_row,
 )
 from fastdiff.patching.blocks.attention import ATTENTION
 from fastdiff.patching.blocks.feed_forward import GELU_TANH, activated
@@ -25,6 +26,7 @@ from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
 _FILE = "diffusers.models.transformers.transformer_hunyuan_video"
+_REPLACED = "its first frame has a modulation of its own"
 
 
 @guarded("norm2", "norm2_context")
@@ -95,18 +97,6 @@ def refiner_block(self: Any, hidden_states: Tensor, temb: Tensor, attention_mask
     return gated(site, "gate", self.ff(h), gate_mlp, hidden_states)
 
 
-@guarded()
-def _never(self: Any, hidden_states: Tensor) -> Any:
-    raise AssertionError("refused when patching")
-
-
-def _token_replace(name: str) -> Any:
-    return block_row(
-        f"{_FILE}:HunyuanVideoTokenReplace{name}", GATES, _never,
-        refuse=lambda module: "its first frame has a modulation of its own",
-    )  # fmt: skip
-
-
 def example(model: Any) -> dict[str, Any]:
     """2 small frames, 9 text tokens of which 6 count."""
     config, inputs = model.config, Inputs(model)
@@ -131,8 +121,8 @@ HUNYUAN_VIDEO = Family(
         block_row(f"{_FILE}:HunyuanVideoTransformerBlock", GATES, double_block),
         block_row(f"{_FILE}:HunyuanVideoSingleTransformerBlock", "GELU; gate + residual", single_block),
         block_row(f"{_FILE}:HunyuanVideoIndividualTokenRefinerBlock", GATES, refiner_block),
-        _token_replace("TransformerBlock"),
-        _token_replace("SingleTransformerBlock"),
+        left_row(f"{_FILE}:HunyuanVideoTokenReplaceTransformerBlock", GATES, _REPLACED),
+        left_row(f"{_FILE}:HunyuanVideoTokenReplaceSingleTransformerBlock", GATES, _REPLACED),
         attention_block(
             LEGACY,
             AttentionRow(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.ops import swiglu
 from fastdiff.patching.blocks import is_plain
-from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded
+from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded, left_row
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block, head_mask
 from fastdiff.patching.blocks.token_norms import modulated
 from fastdiff.patching.families import Family
@@ -95,6 +95,10 @@ SANA = Family(
         block_row(f"{_FILE}:SanaTransformerBlock", f"{MODULATED}; gate + residual", sana_block),
         block_row(f"{_FILE}:GLUMBConv", "SiLU and product", gated_convolution),
         block_row(f"{_FILE}:SanaModulatedNorm", MODULATED, modulated_norm),
+        left_row(
+            LEGACY, "linear attention", "its attention has no softmax",
+            applies=lambda module: type(module.processor).__name__ == "SanaLinearAttnProcessor2_0",
+        ),
         attention_block(
             LEGACY,
             AttentionRow(
