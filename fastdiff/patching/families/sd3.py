@@ -37,6 +37,7 @@ def joint_block(
             "its feed-forward runs in chunks", self, hidden_states, encoder_hidden_states, temb, joint_attention_kwargs
         )
     kwargs = joint_attention_kwargs or {}
+    hidden_states = hidden_states.contiguous()  # some versions' patch embedding gives a transposed view
     h, gate, shift_mlp, scale_mlp, gate_mlp, *dual = self.norm1(hidden_states, emb=temb)
     if self.context_pre_only:
         text = self.norm1_context(encoder_hidden_states, temb)

@@ -31,6 +31,7 @@ def wan_block(
 ) -> Tensor:
     """Replaces ``WanTransformerBlock.forward``. The modulation stays in fp32, per sample or per token."""
     site = self._fastdiff_site
+    hidden_states = hidden_states.contiguous()  # some versions' patch embedding gives a transposed view
     if temb.ndim == 4:
         table = (self.scale_shift_table.unsqueeze(0) + temb.float()).unbind(2)
     else:
