@@ -19,7 +19,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --disable-warnings --tb=short
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-diffusers-min lint build info clean
+.PHONY: help demo test test-diffusers-min test-triton test-triton-all gpu lint build info clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -32,6 +32,16 @@ test: $(VENV)/.installed ## run all tests; PYTEST_ARGS="-k norm" for some
 
 test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) ## the tests of patching with the oldest supported Diffusers
 	PYTHONPATH=$< $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
+
+test-triton: $(VENV)/.installed ## the same numbers asked of the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 FASTDIFF_TEST_BACKEND=triton $(PYTEST) -m "numerics or interpreted" tests/ops tests/triton $(PYTEST_ARGS)
+
+test-triton-all: $(VENV)/.installed ## compile every Triton kernel in every configuration; takes long
+	FASTDIFF_TEST_ALL=1 $(PYTEST) tests/build/test_triton_kernels.py $(PYTEST_ARGS)
+
+gpu: $(VENV)/.installed ## on a machine with a GPU: the tests there, then the kernel benchmarks
+	$(PY) -m pytest -rs tests/gpu $(PYTEST_ARGS)
+	$(PY) benchmarks/kernels.py --device cuda --compile --save
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(PY) -m ruff check .

@@ -1,0 +1,108 @@
+"""One step of a linear sampler."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fastdiff.backends.triton import _math
+from fastdiff.backends.triton._config import config
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel
+
+_NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@_math.device
+def _add(prev, kept, p, k, pointer, offset, inside, THIRD: tl.constexpr):
+    """One more tensor in both combinations, if it is there."""
+    if pointer is not None:
+        value = tl.load(pointer + offset, inside).to(tl.float32)
+        prev += p * value
+        if THIRD:
+            kept += k * value
+    return prev, kept
+
+
+# fmt: off
+@kernel
+def _kernel(
+    sample, output, noise, h0, h1, h2, h3, h4, h5, h6, h7, following, entry, third,
+    n_v: "i64", e0: "fp32", e1: "fp32", clip: "fp32",
+    p0: "fp32", p1: "fp32", p2: "fp32", p3: "fp32", p4: "fp32", p5: "fp32",
+    p6: "fp32", p7: "fp32", p8: "fp32", p9: "fp32", p10: "fp32", p11: "fp32",
+    k0: "fp32", k1: "fp32", k2: "fp32", k3: "fp32", k4: "fp32", k5: "fp32",
+    k6: "fp32", k7: "fp32", k8: "fp32", k9: "fp32", k10: "fp32", k11: "fp32",
+    VEC: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: on
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    lane = tl.arange(0, BLOCK)
+    inside = lane < n_v * VEC - start
+    offset = start + lane
+    THIRD: tl.constexpr = third is not None
+    x = tl.load(sample + offset, inside).to(tl.float32)
+    m = tl.load(output + offset, inside).to(tl.float32)
+    prev = p0 * x + p1 * m
+    kept = k0 * x + k1 * m
+    if entry is not None:
+        new = tl.clamp(e0 * x + e1 * m, -clip, clip, propagate_nan=_NAN)
+        prev += p2 * new
+        kept += k2 * new
+        _math.store(entry + offset, new, inside)
+    prev, kept = _add(prev, kept, p3, k3, noise, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p4, k4, h0, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p5, k5, h1, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p6, k6, h2, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p7, k7, h3, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p8, k8, h4, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p9, k9, h5, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p10, k10, h6, offset, inside, THIRD)
+    prev, kept = _add(prev, kept, p11, k11, h7, offset, inside, THIRD)
+    _math.store(following + offset, prev, inside)
+    if THIRD:
+        _math.store(third + offset, kept, inside)
+
+
+def run(
+    sample: Tensor,
+    model_output: Tensor,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    prev: Sequence[float],
+    entry: Sequence[float],
+    clip: float | None = None,
+    prev_dtype: torch.dtype | None = None,
+    entry_dtype: torch.dtype | None = None,
+    kept: Sequence[float] = (),
+    kept_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def result(wanted: bool, dtype: torch.dtype) -> Tensor:
+        return torch.empty_like(sample, dtype=dtype) if wanted else sample.new_empty(0, dtype=dtype)
+
+    following = result(True, prev_dtype or sample.dtype)
+    new = result(bool(entry), entry_dtype or model_output.dtype)
+    third = result(bool(kept), kept_dtype or sample.dtype)
+    n = sample.numel()
+    if n:
+        if sample.is_contiguous():  # else all are laid out alike
+            model_output, noise = model_output.contiguous(), noise if noise is None else noise.contiguous()
+            history = [t.contiguous() for t in history]
+        older = (*history, *(None,) * (8 - len(history)))
+        tensors = (
+            sample, model_output, noise, *older, following, new if entry else None, third if kept else None
+        )  # fmt: skip
+        vec = WIDE if n % WIDE == 0 and aligned(*tensors) else 1
+        bound = math.inf if clip is None else clip
+        coefficients = [c for group in (prev, kept) for c in (*group, *(0.0,) * (12 - len(group)))]
+        tuned = config("elementwise", sample.device)
+        _kernel.launch(
+            cdiv(n, tuned["block"]),
+            tensors,
+            (n // vec, *(entry or (0.0, 0.0)), bound, *coefficients),
+            (vec, tuned["block"]),
+            warps=tuned["warps"],
+        )
+    return following, new, third
