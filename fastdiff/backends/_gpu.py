@@ -203,6 +203,48 @@ def refusals(device: str) -> dict[str, Refuse]:
             return f"tensors are on {q.device} and {attn_mask.device}"
         return reason(q, k, v) or tensor_reason(device, MASK_DTYPES, attn_mask)
 
+    def swiglu(gate: Tensor, x: Tensor) -> str | None:
+        for t in (gate, x):
+            if t.dim() and t.stride(-1) != 1 and t.shape[-1] != 1:
+                return "a tensor's last axis is not contiguous"
+        if gate.dim() and len(fold(gate.shape, ((gate.shape, gate.stride()), (x.shape, x.stride())))[0]) > 2:
+            return "the axes before the last do not merge into two"
+        return reason(gate, x)
+
+    def qk_norm_rope(
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor | None = None,
+        k_weight: Tensor | None = None,
+        q_bias: Tensor | None = None,
+        k_bias: Tensor | None = None,
+        cos: Tensor | None = None,
+        sin: Tensor | None = None,
+        text_q: Tensor | None = None,
+        text_k: Tensor | None = None,
+        text_q_weight: Tensor | None = None,
+        text_k_weight: Tensor | None = None,
+        eps: float | None = 1e-6,
+        *,
+        rms: bool = True,
+        across_heads: bool = False,
+        interleaved: bool = True,
+        text_first: bool = True,
+        rope_start: int = 0,
+    ) -> str | None:
+        affine = q_weight, k_weight, q_bias, k_bias, text_q_weight, text_k_weight
+        for t in (q, k, text_q, text_k, *affine):
+            if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1:
+                return "a tensor's last axis is not contiguous"
+        if across_heads and max(q.shape[2], k.shape[2]) * q.shape[3] > 16384:
+            return f"the norm is over {max(q.shape[2], k.shape[2]) * q.shape[3]} elements, more than 16384"
+        if cos is not None:
+            if cos.stride(-1) != 1 or (sin is None and cos.stride(-2) != 2):
+                return "a rotary table's last axis is not contiguous"
+            if sin is not None and sin.stride() != cos.stride():
+                return "cos and sin are laid out differently"
+        return reason(q, k, text_q, text_k, *affine, cos, sin)
+
     return {
         "adaln_modulate": adaln_modulate,
         "attention": attention,
@@ -212,7 +254,9 @@ def refusals(device: str) -> dict[str, Refuse]:
         "geglu": contiguous_only,
         "gelu_tanh": contiguous_only,
         "group_norm_silu": group_norm_silu,
+        "qk_norm_rope": qk_norm_rope,
         "scheduler_step": scheduler_step,
+        "swiglu": swiglu,
     }
 
 

@@ -27,6 +27,8 @@ SOME = (
     "adaln_modulate 9000",
     "gate_residual_adaln 3072",
     "geglu",
+    "swiglu",
+    "qk_norm_rope flux",
     "gelu_tanh",
     "scheduler_step",
     "cfg_combine",
@@ -73,12 +75,13 @@ def test_every_kernel(capability: int) -> None:
         cfg_combine,
         gelu_tanh,
         group_norm_silu,
+        qk_norm_rope,
         scheduler_step,
     )
 
     dtype = torch.float16 if capability == 80 else torch.bfloat16
     compiled = set().union(*(check_call(name, dtype, capability) for name in SOME))
-    modules = (_gated, _rows, attention, cfg_combine, gelu_tanh, group_norm_silu, scheduler_step)
+    modules = (_gated, _rows, attention, cfg_combine, gelu_tanh, group_norm_silu, qk_norm_rope, scheduler_step)
     kernels = {
         f"{m.__name__}.{k.__name__}" for m in modules for k in vars(m).values() if isinstance(k, _launch.Kernel)
     }

@@ -145,7 +145,9 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         geglu,
         gelu_tanh,
         group_norm_silu,
+        qk_norm_rope,
         scheduler_step,
+        swiglu,
     )
 
     def t(*shape: int) -> Tensor:
@@ -179,10 +181,22 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         found[f"gate_residual_adaln {d}"] = lambda x=x, m=per_sample: gate_residual_adaln.run(x, m[2], x, m[3], m[4])
     found["adaln_modulate odd"] = lambda: adaln_modulate.run(t(2, 7, 77), t(2, 77), t(2, 77))
     found["geglu"] = lambda: geglu.run(t(2, 4096, 2560))
+    found["swiglu"] = lambda: swiglu.run(*t(2, 4096, 2 * 10240).chunk(2, -1))
+    for name, options in (
+        ("flux", {"text": True}),
+        ("half", {"interleaved": False}),
+        ("across heads", {"across_heads": True, "interleaved": False}),
+    ):
+        q, table = heads(2, 4096, 24, 128), meta(4608 if name == "flux" else 4096, 128, dtype=torch.float32)
+        text = heads(2, 512, 24, 128) if options.pop("text", False) else None
+        w = t(128 * (24 if "across" in name else 1))
+        found[f"qk_norm_rope {name}"] = lambda q=q, w=w, c=table, text=text, o=options: qk_norm_rope.run(
+            q, q, w, w, None, None, c, c, text, text, w if text is not None else None, None, **o
+        )
     found["gelu_tanh"] = lambda: gelu_tanh.run(t(2, 1024, 4608))
     latent = t(2, 4, 128, 128)
     found["scheduler_step"] = lambda: scheduler_step.run(
-        latent, latent, [latent] * 2, latent, [1.0] * 6, [1.0, 1.0], 1.0, None, torch.float32
+        latent, latent, [latent] * 2, latent, [1.0] * 6, [1.0, 1.0], 1.0, None, torch.float32, [1.0] * 6
     )
     found["cfg_combine"] = lambda: cfg_combine.run(latent, latent, 7.5)
     found["cfg_combine rescaled"] = lambda: cfg_combine.run(latent, latent, 7.5, 0.7)

@@ -30,6 +30,7 @@ DEFAULT: dict[str, Config] = {
     "rows": {"elements": 1024, "warps": 4, "waves": 16},
     "rows/4096": {"elements": 4096, "warps": 8, "waves": 8},
     "rows/8192": {"elements": 8192, "warps": 16, "waves": 4},
+    "qk_norm_rope": {"elements": 1024},
     # pixels: how many a tile holds; once: up to how many per sample go in one launch
     "group_norm": {"pixels": 64, "warps": 8, "waves": 2, "once": 512},
     "attention": {"m": 128, "n": 64, "warps": 8, "stages": 2},
@@ -52,6 +53,7 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
         "elementwise": {"block": 65536, "warps": 4},
         "rows": {"elements": 4096, "warps": 4, "waves": 1},
         "group_norm": {"pixels": 64, "warps": 8, "waves": 1, "once": 64},
+        "qk_norm_rope": {"elements": 16384},
         "attention": {"m": 256, "n": 256, "warps": 4, "stages": 1},
         "short_attention": {"m": 256, "warps": 4, "waves": 1},
     },

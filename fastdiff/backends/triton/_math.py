@@ -9,12 +9,12 @@ import triton
 import triton.language as tl
 
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 def device(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorator: a function that kernels call. The interpreter runs plain Python; its jit costs 1 ms a call."""
-    return function if _INTERPRETED.value else triton.jit(function)
+    return function if INTERPRETED.value else triton.jit(function)
 
 
 @device
@@ -25,7 +25,7 @@ def store(pointer, value, inside):
 
 @device
 def cast(value, dtype: tl.constexpr):
-    if _INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
         bits = value.to(tl.uint32, bitcast=True)
         rounded = (bits + (0x7FFF + ((bits >> 16) & 1))).to(tl.float32, bitcast=True)
         value = tl.where(value == value, rounded, value)

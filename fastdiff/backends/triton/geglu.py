@@ -8,4 +8,5 @@ from fastdiff.backends.triton._gated import run_gated
 
 
 def run(x: Tensor) -> Tensor:
-    return run_gated(x, silu=False)
+    hidden, gate = x.chunk(2, dim=-1)
+    return run_gated(hidden, gate, swiglu=False)

@@ -17,13 +17,21 @@ _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
 @_math.device
+def _times(coefficient, value):
+    """Their product in the value's type: scalars come in fp64."""
+    if not _math.INTERPRETED:  # where they are Python's
+        coefficient = coefficient.to(value.dtype)
+    return coefficient * value
+
+
+@_math.device
 def _add(prev, kept, p, k, pointer, offset, inside, THIRD: tl.constexpr):
     """One more tensor in both combinations, if it is there."""
     if pointer is not None:
-        value = tl.load(pointer + offset, inside).to(tl.float32)
-        prev += p * value
+        value = tl.load(pointer + offset, inside).to(prev.dtype)
+        prev += _times(p, value)
         if THIRD:
-            kept += k * value
+            kept += _times(k, value)
     return prev, kept
 
 
@@ -31,27 +39,31 @@ def _add(prev, kept, p, k, pointer, offset, inside, THIRD: tl.constexpr):
 @kernel
 def _kernel(
     sample, output, noise, h0, h1, h2, h3, h4, h5, h6, h7, following, entry, third,
-    n_v: "i64", e0: "fp32", e1: "fp32", clip: "fp32",
-    p0: "fp32", p1: "fp32", p2: "fp32", p3: "fp32", p4: "fp32", p5: "fp32",
-    p6: "fp32", p7: "fp32", p8: "fp32", p9: "fp32", p10: "fp32", p11: "fp32",
-    k0: "fp32", k1: "fp32", k2: "fp32", k3: "fp32", k4: "fp32", k5: "fp32",
-    k6: "fp32", k7: "fp32", k8: "fp32", k9: "fp32", k10: "fp32", k11: "fp32",
-    VEC: tl.constexpr, BLOCK: tl.constexpr,
+    n_v: "i64", e0: "fp64", e1: "fp64", clip: "fp64",
+    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
+    p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64", p10: "fp64", p11: "fp64",
+    k0: "fp64", k1: "fp64", k2: "fp64", k3: "fp64", k4: "fp64", k5: "fp64",
+    k6: "fp64", k7: "fp64", k8: "fp64", k9: "fp64", k10: "fp64", k11: "fp64",
+    VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: on
+    """In WIDE: fp64 where fp32 is at stake, as large terms may have a small sum; latents are small."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < n_v * VEC - start
     offset = start + lane
     THIRD: tl.constexpr = third is not None
-    x = tl.load(sample + offset, inside).to(tl.float32)
-    m = tl.load(output + offset, inside).to(tl.float32)
-    prev = p0 * x + p1 * m
-    kept = k0 * x + k1 * m
+    x = tl.load(sample + offset, inside).to(WIDE)
+    m = tl.load(output + offset, inside).to(WIDE)
+    prev = _times(p0, x) + _times(p1, m)
+    kept = _times(k0, x) + _times(k1, m)
     if entry is not None:
-        new = tl.clamp(e0 * x + e1 * m, -clip, clip, propagate_nan=_NAN)
-        prev += p2 * new
-        kept += k2 * new
-        _math.store(entry + offset, new, inside)
+        highest = _times(clip, tl.full([1], 1.0, WIDE))
+        lowest = -highest
+        new = _times(e0, x) + _times(e1, m)
+        new = tl.minimum(tl.maximum(new, lowest, propagate_nan=_NAN), highest, propagate_nan=_NAN)
+        prev += _times(p2, new)
+        kept += _times(k2, new)
+        _math.store(entry + offset, new.to(tl.float32), inside)
     prev, kept = _add(prev, kept, p3, k3, noise, offset, inside, THIRD)
     prev, kept = _add(prev, kept, p4, k4, h0, offset, inside, THIRD)
     prev, kept = _add(prev, kept, p5, k5, h1, offset, inside, THIRD)
@@ -61,9 +73,9 @@ def _kernel(
     prev, kept = _add(prev, kept, p9, k9, h5, offset, inside, THIRD)
     prev, kept = _add(prev, kept, p10, k10, h6, offset, inside, THIRD)
     prev, kept = _add(prev, kept, p11, k11, h7, offset, inside, THIRD)
-    _math.store(following + offset, prev, inside)
+    _math.store(following + offset, prev.to(tl.float32), inside)
     if THIRD:
-        _math.store(third + offset, kept, inside)
+        _math.store(third + offset, kept.to(tl.float32), inside)
 
 
 def run(
@@ -95,6 +107,7 @@ def run(
             sample, model_output, noise, *older, following, new if entry else None, third if kept else None
         )  # fmt: skip
         vec = WIDE if n % WIDE == 0 and aligned(*tensors) else 1
+        wide = tl.float64 if any(t is not None and t.dtype == torch.float32 for t in tensors) else tl.float32
         bound = math.inf if clip is None else clip
         coefficients = [c for group in (prev, kept) for c in (*group, *(0.0,) * (12 - len(group)))]
         tuned = config("elementwise", sample.device)
@@ -102,7 +115,7 @@ def run(
             cdiv(n, tuned["block"]),
             tensors,
             (n // vec, *(entry or (0.0, 0.0)), bound, *coefficients),
-            (vec, tuned["block"]),
+            (vec, tuned["block"], wide),
             warps=tuned["warps"],
         )
     return following, new, third
