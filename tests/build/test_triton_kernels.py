@@ -37,7 +37,9 @@ SOME = (
     "attention 40, 77 keys",
     "attention additive",
 )
-WIDE_LOAD = re.compile(r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64|v8\.b16|v8\.b32)|cp\.async\.[\w.]*shared[\w.]*global[^;]*0x10")
+WIDE_LOAD = re.compile(
+    r"ld\.global[\w.:]*\.(v4\.b32|v2\.b64|v8\.b16|v8\.b32)|cp\.async\.[\w.]*shared[\w.]*global[^;]*0x10"
+)
 MATRIX = re.compile(r"mma\.sync|wgmma|tcgen05\.mma")
 #: Its registers hold the whole row of logits; the others are bound by memory, and spills would be more of it.
 MAY_SPILL = {"_flash"}
@@ -131,8 +133,9 @@ def test_few_keys_stay_on_the_chip(keys: int) -> None:
 
 def test_new_sizes_are_the_same_kernels() -> None:
     """Nothing that is compiled depends on resolution, batch or number of tokens; so nothing is compiled again."""
-    from fastdiff.backends.triton import adaln_modulate, attention, group_norm_silu
     from triton_aot import meta
+
+    from fastdiff.backends.triton import adaln_modulate, attention, group_norm_silu
 
     def call(batch: int, size: int) -> None:
         x = meta(batch, 320, size, size)

@@ -39,7 +39,8 @@ class Variant:
     def __str__(self) -> str:
         types = " ".join("-" if d is None else _NAMES[d] for d in self.dtypes)
         named = ", ".join(f"{k}={v}" for k, v in zip(self.kernel.constants, self.constants, strict=True))
-        return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}[{types}; {named}; {self.warps} warps]"
+        module = self.kernel.__module__.rpartition(".")[2]
+        return f"{module}.{self.kernel.__name__}[{types}; {named}; {self.warps} warps]"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,9 @@ def recorded(capability: int) -> Iterator[list[Variant]]:
 
     launches: list[Variant] = []
 
-    def launch(self: Any, grid: int, tensors: Any, scalars: Any, constants: Any, *, warps: int = 4, stages: int = 1) -> None:
+    def launch(
+        self: Any, grid: int, tensors: Any, scalars: Any, constants: Any, *, warps: int = 4, stages: int = 1
+    ) -> None:
         assert 0 < grid < 2**31
         assert len(tensors) == len(self.tensors) and len(scalars) == len(self.scalars), self.__name__
         assert len(constants) == len(self.constants), self.__name__
@@ -74,12 +77,12 @@ def recorded(capability: int) -> Iterator[list[Variant]]:
     _config.table.cache_clear()
     with (
         mock.patch.object(_launch.Kernel, "launch", launch),
-        mock.patch.object(_config, "architecture", lambda _: divmod(capability, 10)),
-        mock.patch.object(_config, "cache_file", lambda _: Path("/nonexistent")),
+        mock.patch.object(_config, "architecture", return_value=divmod(capability, 10)),
+        mock.patch.object(_config, "cache_file", return_value=Path("/nonexistent")),
         mock.patch.object(_rows, "processors", processors),
         mock.patch.object(group_norm_silu, "processors", processors),
         mock.patch.object(attention, "processors", processors),
-        mock.patch.object(attention, "on_chip", lambda _: GPUS[capability][0]),
+        mock.patch.object(attention, "on_chip", return_value=GPUS[capability][0]),
     ):
         yield launches
     _config.config.cache_clear()

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
     DTYPES,
-    Arguments,
     assert_compiles,
     assert_gradients,
     assert_numerics,

@@ -65,7 +65,8 @@ def why_not_on(device: int) -> str | None:
         return None
     found = torch.cuda.get_device_capability(device)
     if found < OLDEST:
-        return f"GPU {device} has compute capability {found[0]}.{found[1]}, and the kernels need {OLDEST[0]}.{OLDEST[1]}"
+        has, needed = (".".join(map(str, version)) for version in (found, OLDEST))
+        return f"GPU {device} has compute capability {has}, and the kernels need {needed}"
     return None
 
 
@@ -73,12 +74,9 @@ def _implementation(op: FusedOp[..., Any]) -> Callable[..., Any]:
     """The op's ``run``, whose module is imported when it is first called."""
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
-        nonlocal run
-        if run is None:
-            run = importlib.import_module(f"{__name__}.{op.name}").run
-        return run(*args, **kwargs)
+        return module().run(*args, **kwargs)
 
-    run: Callable[..., Any] | None = None
+    module = functools.cache(lambda: importlib.import_module(f"{__name__}.{op.name}"))
     return implementation
 
 

@@ -38,9 +38,11 @@ DEFAULT: dict[str, Config] = {
     "attention/64": {"m": 128, "n": 64, "warps": 8, "stages": 2},
     "attention/128": {"m": 128, "n": 64, "warps": 8, "stages": 2},
     "attention/256": {"m": 64, "n": 32, "warps": 8, "stages": 2},
-    "attention/512": {"m": 64, "n": 32, "warps": 8, "stages": 1},
+    "attention/512": {"m": 32, "n": 32, "warps": 8, "stages": 1},
     "attention/fp32": {"m": 32, "n": 32, "warps": 4, "stages": 1},
     "short_attention": {"m": 64, "warps": 4, "waves": 2},
+    "short_attention/256": {"m": 32, "warps": 4, "waves": 2},
+    "short_attention/512": {"m": 32, "warps": 4, "waves": 2},
     "short_attention/fp32": {"m": 32, "warps": 4, "waves": 2},
     # head dimensions at which torch's attention, in half precision and with many keys, is the faster one
     "torch_attention": {"depths": []},
@@ -59,7 +61,6 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
     },
     # cuDNN's against the Triton tutorial's at 4096 keys, H100, TFLOP/s: 408 to 348 at 64, 609 to 458 at 128
     # (github.com/pytorch/benchmark, pull requests 2370 and 2391).
-    (8, 9): {"attention/512": {"m": 32, "n": 16, "warps": 8, "stages": 1}},
     (9, 0): {"torch_attention": {"depths": [64, 128]}},
     (10, 0): {"torch_attention": {"depths": [64, 128]}},
 }
@@ -88,9 +89,10 @@ def table(device: torch.device) -> dict[str, Config]:
     merged = {k: v for k, v in DEFAULT.items() if k.partition("/")[0] not in ours} | ours
     path = cache_file(device)
     if path.is_file():
-        tuned = json.loads(path.read_text())
         # An entry of another version of the table could lack a parameter.
-        merged |= {k: v for k, v in tuned.items() if k in DEFAULT and v.keys() == DEFAULT[k].keys()}
+        for key, entry in json.loads(path.read_text()).items():
+            if entry.keys() == merged.get(key, merged.get(key.partition("/")[0], {})).keys():
+                merged[key] = entry
     return merged
 
 

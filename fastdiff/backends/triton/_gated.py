@@ -8,15 +8,14 @@ from torch import Tensor
 from fastdiff.backends._gpu import fold
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, i32, i64, kernel
 
 
-# fmt: off
 @kernel
 def _kernel(
-    left, right, out, width_v: "i64", l0: "i64", l1: "i64", r0: "i64", r1: "i64", n1: "i32", blocks: "i32",
+    left, right, out, width_v: i64, l0: i64, l1: i64, r0: i64, r1: i64, n1: i32, blocks: i32,
     VEC: tl.constexpr, BLOCK: tl.constexpr, SWIGLU: tl.constexpr,
-):  # fmt: on
+):
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     i0, i1 = row // n1, row % n1
@@ -35,10 +34,11 @@ def run_gated(left: Tensor, right: Tensor, *, swiglu: bool) -> Tensor:
     width = left.shape[-1] if left.dim() else 1
     out = left.new_empty(left.shape)
     if out.numel():
-        n1, rows = 1, (0, 0, 0, 0)
+        n1 = 1
+        rows: tuple[int, ...] = (0, 0, 0, 0)
         if left.dim():
-            sizes, (l, r) = fold(left.shape, ((left.shape, left.stride()), (right.shape, right.stride())))
-            n1, rows = sizes[-1], (*(0, *l)[-2:], *(0, *r)[-2:])
+            sizes, (of_left, of_right) = fold(left.shape, ((left.shape, left.stride()), (right.shape, right.stride())))
+            n1, rows = sizes[-1], (*(0, *of_left)[-2:], *(0, *of_right)[-2:])
         vec = WIDE if all(n % WIDE == 0 for n in (width, *rows)) and aligned(left, right) else 1
         most = config("elementwise", left.device)["block"]
         # The block that leaves the fewest lanes idle, the larger of equals.

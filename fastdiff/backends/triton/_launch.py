@@ -2,8 +2,8 @@
 
 Conventions of all kernels here:
 
-* Parameters come in this order: tensors (not annotated), scalars (annotated ``"i32"``, ``"i64"`` or ``"fp32"``),
-  constants (``tl.constexpr``), the first of which is ``VEC``.
+* Parameters come in this order: tensors (not annotated), scalars (annotated with :data:`i32` and its like), constants
+  (``tl.constexpr``), the first of which is ``VEC``.
 * No scalar is specialized on: a new shape compiles nothing.
 * ``VEC`` is 8 where every tensor is aligned to 16 bytes and every size and stride that a kernel takes "in VECs" is a
   multiple of 8 elements, which lets the compiler load 16 bytes at a time; else 1.
@@ -19,7 +19,11 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+
+#: Types of scalars; Triton reads the annotation's text.
+i32, i64, fp32, fp64 = tl.int32, tl.int64, tl.float32, tl.float64
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -36,7 +40,7 @@ class Kernel:
     """A Triton kernel: the function compiled for aligned tensors and for any, and the launches seen so far."""
 
     def __init__(self, function: Callable[..., None]) -> None:
-        functools.update_wrapper(self, function)
+        self.__name__, self.__module__, self.__doc__ = function.__name__, function.__module__, function.__doc__
         parameters = inspect.signature(function).parameters.values()
         self.tensors = [p.name for p in parameters if p.annotation is p.empty]
         self.constants = [p.name for p in parameters if "constexpr" in str(p.annotation)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastdiff.backends._gpu import Layout, fold
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel, power_of_2, processors
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, fp32, i32, i64, kernel, power_of_2, processors
 
 NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
 #: Longer rows are read in blocks.
@@ -43,15 +43,14 @@ def _modulated(xhat, weight, bias, scale, shift, column, inside):
     return xhat
 
 
-# fmt: off
 @kernel
 def _in_registers(
     x, gate, residual, scale, shift, weight, bias, y, out,
-    width_v: "i32", n1: "i32", n2: "i32", tiles: "i32", rows: "i32",
-    x0: "i64", x1: "i64", x2: "i64", g0: "i64", g1: "i64", g2: "i64", r0: "i64", r1: "i64", r2: "i64",
-    a0: "i64", a1: "i64", a2: "i64", b0: "i64", b1: "i64", b2: "i64", eps: "fp32",
+    width_v: i32, n1: i32, n2: i32, tiles: i32, rows: i32,
+    x0: i64, x1: i64, x2: i64, g0: i64, g1: i64, g2: i64, r0: i64, r1: i64, r2: i64,
+    a0: i64, a1: i64, a2: i64, b0: i64, b1: i64, b2: i64, eps: fp32,
     VEC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: on
+):
     """Each program: up to ``rows`` rows of the innermost folded axis, ROWS at a time, held in registers.
 
     Parameters that are the same for all of them (not ``PER_ROW``) are loaded once.
@@ -112,15 +111,14 @@ def _in_registers(
             _math.store(out + at, value, valid)
 
 
-# fmt: off
 @kernel
 def _in_blocks(
     x, gate, residual, scale, shift, weight, bias, y, out,
-    width_v: "i32", n1: "i32", n2: "i32", tiles: "i32", rows: "i32",
-    x0: "i64", x1: "i64", x2: "i64", g0: "i64", g1: "i64", g2: "i64", r0: "i64", r1: "i64", r2: "i64",
-    a0: "i64", a1: "i64", a2: "i64", b0: "i64", b1: "i64", b2: "i64", eps: "fp32",
+    width_v: i32, n1: i32, n2: i32, tiles: i32, rows: i32,
+    x0: i64, x1: i64, x2: i64, g0: i64, g1: i64, g2: i64, r0: i64, r1: i64, r2: i64,
+    a0: i64, a1: i64, a2: i64, b0: i64, b1: i64, b2: i64, eps: fp32,
     VEC: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: on
+):
     """The same for rows of any length, one a program: read once for the moments, once more for the result."""
     pid = tl.program_id(0)
     i2 = (pid % n2).to(tl.int64)

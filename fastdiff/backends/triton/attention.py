@@ -15,7 +15,18 @@ from torch import Tensor
 
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import FEW_KEYS, Config, config
-from fastdiff.backends.triton._launch import INTERPRETED, WIDE, aligned, cdiv, kernel, power_of_2, processors
+from fastdiff.backends.triton._launch import (
+    INTERPRETED,
+    WIDE,
+    aligned,
+    cdiv,
+    fp32,
+    i32,
+    i64,
+    kernel,
+    power_of_2,
+    processors,
+)
 
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 #: The smallest operand of a matrix product.
@@ -40,12 +51,11 @@ def _dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-# fmt: off
 @_math.device
 def _logits(
     q0, q1, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale,
     D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
-):  # fmt: on
+):
     """``q k^T``; with an additive mask scaled and masked. Keys that a query does not see have -inf."""
     s = _dot(q0, tl.trans(k0), tl.zeros([q0.shape[0], k0.shape[0]], tl.float32))
     if D1:
@@ -75,12 +85,11 @@ def _store(out, row, queries, stride, column, depth, value):
     _math.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], value, inside)
 
 
-# fmt: off
 @_math.device
 def _accumulate(
     q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, mask, row, key, m_q, m_k, queries, keys, scale, unit,
     D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
-):  # fmt: on
+):
     """One block of keys: the running maximum, sum and weighted sum of values."""
     s = _logits(q0, q1, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale, D1, MASK, CAUSAL, EVERY_KEY)
     new = tl.maximum(top, tl.max(s, axis=1))
@@ -97,13 +106,12 @@ def _accumulate(
     return acc0, acc1, new, total
 
 
-# fmt: off
 @_math.device
 def _step(
     q0, q1, acc0, acc1, top, total, k, v, mask, row, first, k_s, v_s, m_q, m_k, queries, keys, scale, unit,
     WIDEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
-):  # fmt: on
+):
     """One block of keys, from memory."""
     key = first + tl.arange(0, BLOCK)
     column0 = tl.arange(0, D0)
@@ -114,23 +122,21 @@ def _step(
     if D1:
         k1 = _load(k, key, k_s, column1, keys, D, WIDEN, EVERY_KEY)
         v1 = _load(v, key, v_s, column1, keys, D, WIDEN, EVERY_KEY)
-    # fmt: off
     return _accumulate(
         q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, mask, row, key, m_q, m_k, queries, keys, scale, unit,
         D1, MASK, CAUSAL, EVERY_KEY,
-    )  # fmt: on
+    )
 
 
-# fmt: off
 @kernel
 def _flash(
     q, k, v, mask, out, lse,
-    queries: "i32", keys: "i32", heads: "i32", tiles: "i32",
-    q_b: "i64", q_s: "i64", q_h: "i64", k_b: "i64", k_s: "i64", k_h: "i64", v_b: "i64", v_s: "i64", v_h: "i64",
-    m_b: "i64", m_h: "i64", m_q: "i64", m_k: "i64", scale: "fp32",
+    queries: i32, keys: i32, heads: i32, tiles: i32,
+    q_b: i64, q_s: i64, q_h: i64, k_b: i64, k_s: i64, k_h: i64, v_b: i64, v_s: i64, v_h: i64,
+    m_b: i64, m_h: i64, m_q: i64, m_k: i64, scale: fp32,
     VEC: tl.constexpr, M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: on
+):
     pid = tl.program_id(0)
     tile = pid % tiles
     h = (pid // tiles % heads).to(tl.int64)
@@ -159,17 +165,15 @@ def _flash(
         end = tl.minimum(keys, tile * M + M)
         every = tl.minimum(every, tile * M // N * N)
     for first in range(0, every, N):
-        # fmt: off
         acc0, acc1, top, total = _step(
             q0, q1, acc0, acc1, top, total, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k, queries, keys,
             scale, unit, WIDEN, N, D, D0, D1, MASK, False, True,
-        )  # fmt: on
+        )
     for first in range(every, end, N):
-        # fmt: off
         acc0, acc1, top, total = _step(
             q0, q1, acc0, acc1, top, total, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k, queries, keys,
             scale, unit, WIDEN, N, D, D0, D1, MASK, CAUSAL, False,
-        )  # fmt: on
+        )
     out += (b * queries * heads + h) * D
     _store(out, row, queries, heads * D, column0, D, _finish(acc0, total))
     if D1:
@@ -179,16 +183,15 @@ def _flash(
         tl.store(lse + at, top * (unit * _LN2) + tl.log(total), row < queries)
 
 
-# fmt: off
 @kernel
 def _few_keys(
     q, k, v, mask, out, lse,
-    queries: "i32", keys: "i32", heads: "i32", tiles: "i32", turns: "i32",
-    q_b: "i64", q_s: "i64", q_h: "i64", k_b: "i64", k_s: "i64", k_h: "i64", v_b: "i64", v_s: "i64", v_h: "i64",
-    m_b: "i64", m_h: "i64", m_q: "i64", m_k: "i64", scale: "fp32",
+    queries: i32, keys: i32, heads: i32, tiles: i32, turns: i32,
+    q_b: i64, q_s: i64, q_h: i64, k_b: i64, k_s: i64, k_h: i64, v_b: i64, v_s: i64, v_h: i64,
+    m_b: i64, m_h: i64, m_q: i64, m_k: i64, scale: fp32,
     VEC: tl.constexpr, M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
     D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
-):  # fmt: on
+):
     """Each program loads one head's keys and values once and takes ``turns`` tiles of queries in turn."""
     pid = tl.program_id(0)
     chunk = pid % tiles
@@ -228,17 +231,15 @@ def _few_keys(
         acc1 = tl.zeros([M, D1 if D1 else 16], tl.float32)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
-        # fmt: off
         acc0, acc1, top, total = _accumulate(
             q0, q1, k00, k01, v00, v01, acc0, acc1, top, total, mask, row, key0, m_q, m_k, queries, keys, scale, unit,
             D1, MASK, CAUSAL, False,
-        )  # fmt: on
+        )
         if N1:
-            # fmt: off
             acc0, acc1, top, total = _accumulate(
                 q0, q1, k10, k11, v10, v11, acc0, acc1, top, total, mask, row, key1, m_q, m_k, queries, keys, scale,
                 unit, D1, MASK, CAUSAL, False,
-            )  # fmt: on
+            )
         _store(out, row, queries, heads * D, column0, D, _finish(acc0, total))
         if D1:
             _store(out, row, queries, heads * D, column1, D, _finish(acc1, total))
@@ -270,10 +271,8 @@ def split_keys(keys: int) -> tuple[int, int]:
 
 def few_keys_fit(keys: int, depth: int, itemsize: int, limit: int) -> bool:
     """Whether keys and values of one head stay on the chip, beside a tile of queries and of weights."""
-    if itemsize == 4:  # without matrix instructions the registers hold less
-        most = 128
-    else:
-        most = FEW_KEYS if depth <= 96 else 160
+    # So that nothing spills: in fp32 there are no matrix instructions, and the registers hold less.
+    most = 128 if itemsize == 4 else FEW_KEYS if depth <= 64 and not split(depth)[1] else 160
     n, d = sum(split_keys(keys)), sum(split(depth))
     return keys <= most and depth <= 256 and (2 * n * d + 64 * (n + d)) * itemsize <= limit
 
@@ -299,7 +298,8 @@ def run(
     lse = q.new_empty((batch, queries, heads) if return_lse else 0, dtype=torch.float32)
     if not out.numel():
         return out, lse
-    mask_kind, mask_strides = NO_MASK, (0, 0, 0, 0)
+    mask_kind = NO_MASK
+    mask_strides: tuple[int, ...] = (0, 0, 0, 0)
     if attn_mask is not None:
         full = attn_mask.expand(batch, heads, queries, keys)
         mask_strides = full.stride()

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, fp32, i64, kernel
 
 
 @kernel
-def _combine(uncond, cond, out, n_v: "i64", guidance: "fp32", VEC: tl.constexpr, BLOCK: tl.constexpr):
+def _combine(uncond, cond, out, n_v: i64, guidance: fp32, VEC: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     inside = offset < n_v * VEC - start
@@ -21,11 +21,10 @@ def _combine(uncond, cond, out, n_v: "i64", guidance: "fp32", VEC: tl.constexpr,
     _math.store(out + start + offset, u + guidance * (c - u), inside)
 
 
-# fmt: off
 @kernel
 def _rescale(
-    uncond, cond, out, n_v: "i64", guidance: "fp32", rescale: "fp32", VEC: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: on
+    uncond, cond, out, n_v: i64, guidance: fp32, rescale: fp32, VEC: tl.constexpr, BLOCK: tl.constexpr
+):
     """One program per sample: the moments of both tensors, then the result. Latents are small."""
     size = n_v * VEC
     first = tl.program_id(0).to(tl.int64) * size

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, i64, kernel
 
 
 @kernel
-def _kernel(x, out, n_v: "i64", VEC: tl.constexpr, BLOCK: tl.constexpr):
+def _kernel(x, out, n_v: i64, VEC: tl.constexpr, BLOCK: tl.constexpr):
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     inside = offset < n_v * VEC - start

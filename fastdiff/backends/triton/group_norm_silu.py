@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel, power_of_2, processors
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, fp32, i32, i64, kernel, power_of_2, processors
 from fastdiff.ops.group_norm_silu import is_channels_last
 
 #: Channels of a tile; a single group with more has a tile as wide as it needs.
@@ -43,12 +43,11 @@ def _pointers(base, pixel, channel, pixels, channels, LAST: tl.constexpr):
     return base + offset
 
 
-# fmt: off
 @_math.device
 def _moments(
     x, temb, begin, end, pixels, channels, channel, inside, group, per_group,
     LAST: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, ONE_GROUP: tl.constexpr,
-):  # fmt: on
+):
     """Mean and M2 of each channel's group over the pixels from ``begin`` to ``end``."""
     count = tl.zeros([PIXELS, 1], tl.float32)
     mean = tl.zeros([PIXELS, WIDTH], tl.float32)
@@ -72,23 +71,24 @@ def _moments(
 def _over_groups(mean, m2, number, inside, group, per_group, ONE_GROUP: tl.constexpr):
     """The moments of each channel's group from those of the channels, over ``number`` pixels each."""
     if ONE_GROUP:
-        return _math.merge(tl.where(inside, number, 0.0)[:, None], mean[:, None], m2[:, None])
-    same = (group[:, None] == group[None, :]) & inside[:, None]  # (channel, channel whose group it is)
-    # Selected, not multiplied: another group's NaN must not leak.
-    center = tl.sum(tl.where(same, mean[:, None], 0.0), axis=0) / per_group
-    center += tl.sum(tl.where(same, mean[:, None] - center[None, :], 0.0), axis=0) / per_group
-    deviation = mean[:, None] - center[None, :]
-    return center, tl.sum(tl.where(same, m2[:, None] + number * deviation * deviation, 0.0), axis=0)
+        center, total = _math.merge(tl.where(inside, number, 0.0)[:, None], mean[:, None], m2[:, None])
+    else:
+        same = (group[:, None] == group[None, :]) & inside[:, None]  # (channel, channel whose group it is)
+        # Selected, not multiplied: another group's NaN must not leak.
+        center = tl.sum(tl.where(same, mean[:, None], 0.0), axis=0) / per_group
+        center += tl.sum(tl.where(same, mean[:, None] - center[None, :], 0.0), axis=0) / per_group
+        deviation = mean[:, None] - center[None, :]
+        total = tl.sum(tl.where(same, m2[:, None] + number * deviation * deviation, 0.0), axis=0)
+    return center, total
 
 
-# fmt: off
 @kernel
 def _partial(
     x, temb, partials,
-    batch_stride: "i64", pixels_v: "i64", channels_v: "i64", per_group: "i32", width_v: "i32", blocks: "i32",
-    splits: "i32", turns: "i32", temb_b: "i64", temb_c: "i64",
+    batch_stride: i64, pixels_v: i64, channels_v: i64, per_group: i32, width_v: i32, blocks: i32,
+    splits: i32, turns: i32, temb_b: i64, temb_c: i64,
     VEC: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, ONE_GROUP: tl.constexpr,
-):  # fmt: on
+):
     """Moments of each group over one split's pixels, to partials (B, groups, splits, 2)."""
     pid = tl.program_id(0)
     split = pid % splits
@@ -106,11 +106,10 @@ def _partial(
         shift = _vector(temb + sample * temb_b, temb_c, channel, inside)
     begin = split * turns * PIXELS
     end = tl.minimum(begin + turns * PIXELS, pixels)
-    # fmt: off
     mean, m2 = _moments(
         x + sample * batch_stride * VEC, shift, begin, end, pixels, channels, channel, inside, group, per_group,
         LAST, PIXELS, WIDTH, ONE_GROUP,
-    )  # fmt: on
+    )
     groups = channels // per_group
     target = partials + ((sample * groups + group) * splits + split) * 2
     if ONE_GROUP:
@@ -123,16 +122,15 @@ def _partial(
     tl.store(target + 1, m2, first)
 
 
-# fmt: off
 @kernel
 def _apply(
     x, weight, bias, temb, scale, shift, partials, out,
-    batch_stride: "i64", pixels_v: "i64", channels_v: "i64", per_group: "i32", width_v: "i32", blocks: "i32",
-    splits: "i32", turns: "i32", temb_b: "i64", temb_c: "i64", scale_b: "i64", scale_c: "i64", shift_b: "i64",
-    shift_c: "i64", eps: "fp32",
+    batch_stride: i64, pixels_v: i64, channels_v: i64, per_group: i32, width_v: i32, blocks: i32,
+    splits: i32, turns: i32, temb_b: i64, temb_c: i64, scale_b: i64, scale_c: i64, shift_b: i64,
+    shift_c: i64, eps: fp32,
     VEC: tl.constexpr, LAST: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, ONE_GROUP: tl.constexpr,
     OUT_LAST: tl.constexpr, SILU: tl.constexpr,
-):  # fmt: on
+):
     """The result on one split's pixels. Without ``partials`` the moments are found here, and there is one split."""
     pid = tl.program_id(0)
     if partials is not None:
@@ -152,11 +150,10 @@ def _apply(
     if temb is not None:
         added = _vector(temb + sample * temb_b, temb_c, channel, inside)
     if partials is None:
-        # fmt: off
         mean, m2 = _moments(
             x, added, 0, pixels, pixels, channels, channel, inside, group, per_group,
             LAST, PIXELS, WIDTH, ONE_GROUP,
-        )  # fmt: on
+        )
     else:
         owner = tl.full([1], block, tl.int32) if ONE_GROUP else group
         held = (owner < channels // per_group)[None, :]
@@ -286,7 +283,8 @@ def run(
     if not plan.contiguous_samples:
         x = x.contiguous()
         plan = _plan(x.shape, x.stride(), num_groups, tuned["pixels"], tuned["once"], programs)
-    _launch(x, num_groups, weight, bias, eps, temb, scale, shift, silu, out, tokens or channels_last, plan, tuned["warps"])
+    last = tokens or channels_last
+    _launch(x, num_groups, weight, bias, eps, temb, scale, shift, silu, out, last, plan, tuned["warps"])
     return result
 
 
@@ -312,7 +310,7 @@ def _launch(
     sizes = (
         x.stride(0) // vec, plan.pixels // vec_p, channels // vec_c, per_group, plan.width // vec_c, plan.blocks,
         plan.splits, plan.turns,
-    )  # fmt: skip
+    )
     one_group = per_group >= CHANNELS
     constants = (vec, plan.channels_last, plan.tile, plan.wide, one_group)
     grid = batch * plan.blocks * plan.splits

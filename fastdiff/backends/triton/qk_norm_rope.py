@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel, power_of_2
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, fp32, i32, i64, kernel, power_of_2
 
 NO_NORM, LAYER_NORM, RMS_NORM = 0, 1, 2
 NO_ROPE, TABLES, PAIRS = 0, 1, 2
@@ -26,17 +26,16 @@ def _of_both(own, text, own_at, text_at, own_inside, text_inside, absent: tl.con
     return value
 
 
-# fmt: off
 @kernel
 def _kernel(
     x, weight, bias, text, text_weight, cos, sin, out,
-    heads: "i32", tokens: "i32", own_first: "i32", own_tokens: "i32", text_first: "i32", blocks: "i32",
-    rope_first: "i32", rope_tokens: "i32", rotated: "i32",
-    x_b: "i64", x_s: "i64", x_h: "i64", t_b: "i64", t_s: "i64", t_h: "i64", c_b: "i64", c_s: "i64", c_h: "i64",
-    eps: "fp32",
+    heads: i32, tokens: i32, own_first: i32, own_tokens: i32, text_first: i32, blocks: i32,
+    rope_first: i32, rope_tokens: i32, rotated: i32,
+    x_b: i64, x_s: i64, x_h: i64, t_b: i64, t_s: i64, t_h: i64, c_b: i64, c_s: i64, c_h: i64,
+    eps: fp32,
     VEC: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, NORM: tl.constexpr,
     ACROSS: tl.constexpr, ROPE: tl.constexpr, INTERLEAVED: tl.constexpr,
-):  # fmt: on
+):
     """One token, HEADS heads: all of them where the norm is across heads."""
     pid = tl.program_id(0)
     block = pid % blocks

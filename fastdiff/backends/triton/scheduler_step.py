@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastdiff.backends.triton import _math
 from fastdiff.backends.triton._config import config
-from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, kernel
+from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, fp64, i64, kernel
 
 _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
@@ -35,17 +35,16 @@ def _add(prev, kept, p, k, pointer, offset, inside, THIRD: tl.constexpr):
     return prev, kept
 
 
-# fmt: off
 @kernel
 def _kernel(
     sample, output, noise, h0, h1, h2, h3, h4, h5, h6, h7, following, entry, third,
-    n_v: "i64", e0: "fp64", e1: "fp64", clip: "fp64",
-    p0: "fp64", p1: "fp64", p2: "fp64", p3: "fp64", p4: "fp64", p5: "fp64",
-    p6: "fp64", p7: "fp64", p8: "fp64", p9: "fp64", p10: "fp64", p11: "fp64",
-    k0: "fp64", k1: "fp64", k2: "fp64", k3: "fp64", k4: "fp64", k5: "fp64",
-    k6: "fp64", k7: "fp64", k8: "fp64", k9: "fp64", k10: "fp64", k11: "fp64",
+    n_v: i64, e0: fp64, e1: fp64, clip: fp64,
+    p0: fp64, p1: fp64, p2: fp64, p3: fp64, p4: fp64, p5: fp64,
+    p6: fp64, p7: fp64, p8: fp64, p9: fp64, p10: fp64, p11: fp64,
+    k0: fp64, k1: fp64, k2: fp64, k3: fp64, k4: fp64, k5: fp64,
+    k6: fp64, k7: fp64, k8: fp64, k9: fp64, k10: fp64, k11: fp64,
     VEC: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: on
+):
     """In WIDE: fp64 where fp32 is at stake, as large terms may have a small sum; latents are small."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
@@ -105,7 +104,7 @@ def run(
         older = (*history, *(None,) * (8 - len(history)))
         tensors = (
             sample, model_output, noise, *older, following, new if entry else None, third if kept else None
-        )  # fmt: skip
+        )
         vec = WIDE if n % WIDE == 0 and aligned(*tensors) else 1
         wide = tl.float64 if any(t is not None and t.dtype == torch.float32 for t in tensors) else tl.float32
         bound = math.inf if clip is None else clip
