@@ -15,7 +15,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +23,6 @@ import torch
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
 from fastdiff.backends.triton._config import torch_is_faster
-from fastdiff.ops._library import OPS, FusedOp
 
 #: Triton's own switch: kernels run in its interpreter, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -70,13 +69,13 @@ def why_not_on(device: int) -> str | None:
     return None
 
 
-def _implementation(op: FusedOp[..., Any]) -> Callable[..., Any]:
+def _implementation(op: str) -> Callable[..., Any]:
     """The op's ``run``, whose module is imported when it is first called."""
 
     def implementation(*args: Any, **kwargs: Any) -> Any:
         return module().run(*args, **kwargs)
 
-    module = functools.cache(lambda: importlib.import_module(f"{__name__}.{op.name}"))
+    module = functools.cache(lambda: importlib.import_module(f"{__name__}.{op}"))
     return implementation
 
 
@@ -105,8 +104,12 @@ def _refuse(op: str, shared: Refuse) -> Refuse:
     return refuse
 
 
-def register_kernels() -> None:
-    """Register the kernels, or note why there are none."""
+def register_kernels(ops: Mapping[str, Any]) -> None:
+    """Register the kernels, or note why there are none.
+
+    Args:
+        ops: the :class:`fastdiff.ops._library.FusedOp` of each name.
+    """
     reason = why_not()
     if reason is not None:
         unavailable["triton"] = reason
@@ -114,7 +117,6 @@ def register_kernels() -> None:
     library = torch.library.Library("fastdiff_triton", "DEF")
     _keep.append(library)
     for name, shared in refusals(device_type()).items():
-        op = OPS[name]
-        implementation = _implementation(op)
-        overload = op.define_in(library, implementation)
+        implementation = _implementation(name)
+        overload = ops[name].define_in(library, implementation)
         register(Kernel(name, "triton", _run(implementation, overload), _refuse(name, shared)))

@@ -53,7 +53,7 @@ def tasks(device: torch.device) -> Iterator[Task]:
         rows, modulation = random(2, 4096, width), random(2, 2 * width).chunk(2, 1)
         bucket = 1 << (width - 1).bit_length()
         choices = {"warps": (1, 2, 4, 8, 16), "waves": (4, 8, 16, 32), "elements": (max(1024, bucket), 2 * bucket)}
-        yield Task(f"rows/{bucket}", choices, partial(adaln_modulate.run, rows, *modulation))
+        yield Task(f"rows/{bucket}", choices, partial(adaln_modulate.run, rows, modulation[0], modulation[1]))
     image, weight = random(2, 320, 128, 128), random(320)
     choices = {"pixels": (32, 64, 128), "warps": (4, 8), "waves": (1, 2, 4)}
     yield Task("group_norm", choices, lambda: group_norm_silu.run(image, 32, weight, weight))
