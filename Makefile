@@ -22,7 +22,7 @@ SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --disable-warnings --tb=short
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-diffusers-min diffusers-tests lint build info clean
+.PHONY: help demo test test-diffusers-min test-triton test-triton-all diffusers-tests gpu lint build info clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 28
@@ -41,6 +41,16 @@ diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=
 	$(PIP) install parameterized requests-mock requests "httpx<1" # which its tests import
 	cd $(DIFFUSERS) && HF_HUB_OFFLINE=1 PYTHONPATH=$(abspath $(DIFFUSERS))/src:$(CURDIR)/tests $(abspath $(PY)) -m pytest \
 	  -p autopatch -p no:cacheprovider -W ignore -q $(DIFFUSERS_TESTS)
+
+test-triton: $(VENV)/.installed ## the same numbers asked of the Triton kernels, in Triton's interpreter
+	TRITON_INTERPRET=1 FASTDIFF_TEST_BACKEND=triton $(PYTEST) -m "numerics or interpreted" tests/ops tests/triton $(PYTEST_ARGS)
+
+test-triton-all: $(VENV)/.installed ## compile every Triton kernel in every configuration; takes long
+	FASTDIFF_TEST_ALL=1 $(PYTEST) tests/build/test_triton_kernels.py $(PYTEST_ARGS)
+
+gpu: $(VENV)/.installed ## on a machine with a GPU: the tests there, then the kernel benchmarks
+	$(PY) -m pytest -rs tests/gpu $(PYTEST_ARGS)
+	$(PY) benchmarks/kernels.py --device cuda --compile --save
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(PY) -m ruff check .

@@ -7,11 +7,13 @@ a slow moment of the machine hits all of them. A ratio is the median over rounds
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import time
@@ -69,6 +71,7 @@ def compare(
     min_sample_s: float = 0.004,
     warmup: int = 2,
     before: dict[str, Callable[[], Any]] | None = None,
+    sample: Callable[[Callable[[], Any], int], float] | None = None,
 ) -> list[Timing]:
     """Time the providers in turns. The first one is the baseline of the ratios.
 
@@ -78,7 +81,9 @@ def compare(
         min_sample_s: a sample repeats a short function until it lasts this long.
         warmup: calls before timing.
         before: name -> untimed preparation run before each sample of that provider.
+        sample: (function, count) -> seconds per call; the host's clock by default, :func:`gpu_sample` for a GPU.
     """
+    sample = sample or host_sample
     before = before or {}
     nothing = lambda: None  # noqa: E731
     repeats: dict[str, int] = {}
@@ -86,21 +91,14 @@ def compare(
         before.get(name, nothing)()
         for _ in range(warmup):
             function()
-        start = time.perf_counter()
-        function()
-        repeats[name] = max(1, round(min_sample_s / max(time.perf_counter() - start, 1e-7)))
+        repeats[name] = max(1, round(min_sample_s / max(sample(function, 1), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in providers}
     order = list(providers)
     for _ in range(rounds):
         random.shuffle(order)
         for name in order:
             before.get(name, nothing)()
-            function = providers[name]
-            count = repeats[name]
-            start = time.perf_counter()
-            for _ in range(count):
-                function()
-            samples[name].append((time.perf_counter() - start) / count * 1e3)
+            samples[name].append(sample(providers[name], repeats[name]) * 1e3)
     baseline = samples[next(iter(providers))]
     timings = []
     for name, times in samples.items():
@@ -109,19 +107,48 @@ def compare(
     return timings
 
 
-def copy_bandwidth(size_bytes: int) -> float:
+def host_sample(function: Callable[[], Any], count: int) -> float:
+    """Seconds per call by the host's clock."""
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    return (time.perf_counter() - start) / count
+
+
+def gpu_sample(function: Callable[[], Any], count: int) -> float:
+    """Seconds per call by the GPU's own clock, its cache flushed before each, as another layer's data would.
+
+    The flush also keeps the GPU busy while the host prepares the call, so that host time is not measured.
+    """
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    count = min(count, 50)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+SAMPLES = {"cpu": host_sample, "cuda": gpu_sample}
+
+
+def copy_bandwidth(size_bytes: int, device: str = "cpu") -> float:
     """Bytes per second of ``copy_`` between two resident buffers of ``size_bytes`` (read plus write)."""
-    source = torch.ones(max(size_bytes // 4, 1024))
+    source = torch.ones(max(size_bytes // 4, 1024), device=device)
     target = torch.empty_like(source)
-    timing = compare({"copy": lambda: target.copy_(source)}, rounds=9)[0]
+    timing = compare({"copy": lambda: target.copy_(source)}, rounds=9, sample=SAMPLES[device])[0]
     return 2 * source.numel() * 4 / (timing.median_ms / 1e3)
 
 
-def matmul_rate(dtype: torch.dtype) -> float:
-    """FLOP/s of a 1024 x 1024 matrix product, the machine's practical ceiling for attention."""
-    a = torch.randn(1024, 1024).to(dtype)
-    timing = compare({"matmul": lambda: a @ a}, rounds=9)[0]
-    return 2 * 1024**3 / (timing.median_ms / 1e3)
+def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
+    """FLOP/s of a square matrix product, the machine's practical ceiling for attention."""
+    size = 1024 if device == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    timing = compare({"matmul": lambda: a @ a}, rounds=9, sample=SAMPLES[device])[0]
+    return 2 * size**3 / (timing.median_ms / 1e3)
 
 
 def environment() -> dict[str, Any]:
@@ -151,12 +178,21 @@ def environment() -> dict[str, Any]:
         "cpu_flags": flags,
         "threads": torch.get_num_threads(),
         "fastdiff_isa": _extension.cpu_isa(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
+        "triton": _triton_version(),
         "fastdiff": fastdiff.__version__,
         "python": platform.python_version(),
         "commit": commit,
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def save(section: str, rows: list[Row], path: Path) -> None:
@@ -171,10 +207,12 @@ def save(section: str, rows: list[Row], path: Path) -> None:
     path.write_text(json.dumps(data, indent=1) + "\n")
 
 
-def result_file(device: str | None) -> Path:
-    """``results/<device>.json``; the device's name is made from the CPU's features unless given."""
-    if device is None:
+def result_file(name: str | None, device: str = "cpu") -> Path:
+    """``results/<name>.json``; made from the GPU's name, or the CPU's features, unless given."""
+    if name is None and device == "cuda":
+        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
+    elif name is None:
         env = environment()
         best = "amx" if "amx_bf16" in env["cpu_flags"] else (env["cpu_flags"] or ["generic"])[-1]
-        device = f"cpu-{best}-{env['threads']}threads"
-    return RESULTS / f"{device}.json"
+        name = f"cpu-{best}-{env['threads']}threads"
+    return RESULTS / f"{name}.json"

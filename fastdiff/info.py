@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from fastdiff import __version__, _extension
-from fastdiff.backends import BACKENDS, kernels_of
+from fastdiff.backends import BACKENDS, kernels_of, triton
 from fastdiff.ops._library import OPS
 
 DISTRIBUTION = "fastdiff-kernels"
@@ -133,6 +133,8 @@ def _backend(name: str) -> Backend:
         return Backend(name, False, reason=reason, command=command)
     served = [op for op in OPS if any(kernel.backend == name for kernel in kernels_of(op))]
     isa = f", with {_extension.cpu_isa()}" if name == "cpu" else ""
+    if name == "triton" and triton.INTERPRETED:
+        isa = ", in the interpreter"
     return Backend(name, True, f"{len(served)} of {len(OPS)} ops{isa}")
 
 
@@ -161,11 +163,16 @@ def _no_cuda() -> tuple[str, str] | None:
 
 
 def _no_triton() -> tuple[str, str] | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed", "pip install triton"
-    if not torch.cuda.is_available():
+    reason = triton.why_not()
+    if reason is not None:
+        return reason, "" if "torch" in reason else "pip install --upgrade triton"
+    if triton.INTERPRETED:
+        return None
+    device = getattr(torch, triton.device_type())
+    if not device.is_available():
         return "torch sees no GPU that Triton can use", ""
-    return None
+    reason = triton.why_not_on(0)
+    return (reason, "") if reason else None
 
 
 def install_command() -> str:

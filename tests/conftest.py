@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastdiff import _extension
+from fastdiff.backends import triton
 
 # torch.compile's cache does not know what CPU or ATEN_CPU_CAPABILITY an entry was made for: one left by another
 # run can give wrong numbers or crash.
@@ -21,16 +22,22 @@ _ABOUT_KERNELS = ("demo", "patching")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernel: needs the compiled CPU kernels")
-    config.addinivalue_line("markers", "numerics: judges a kernel's numbers; rerun for every instruction set")
+    config.addinivalue_line(
+        "markers", "numerics: judges a kernel's numbers; rerun for every instruction set and backend"
+    )
+    config.addinivalue_line("markers", "interpreted: needs Triton's interpreter; see make test-triton")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = _extension.why_not_cpu()
-    if reason is None:
-        return
+    no_cpu = _extension.why_not_cpu()
+    no_triton = triton.why_not() if triton.INTERPRETED else "runs under TRITON_INTERPRET=1 (make test-triton)"
+    of_triton = os.environ.get("FASTDIFF_TEST_BACKEND") == "triton"
+    reasons = {"kernel": no_cpu, "numerics": triton.why_not() if of_triton else no_cpu, "interpreted": no_triton}
     for item in items:
-        whole = item.path.parent.name in _ABOUT_KERNELS
-        if whole or item.get_closest_marker("kernel") or item.get_closest_marker("numerics"):
+        marked = [reason for marker, reason in reasons.items() if item.get_closest_marker(marker)]
+        if item.path.parent.name in _ABOUT_KERNELS:
+            marked.append(no_cpu)
+        for reason in filter(None, marked):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

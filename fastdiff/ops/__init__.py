@@ -1,6 +1,8 @@
 """The fused ops. Each is one file: contract, schema, eager reference and fake implementation."""
 
 from fastdiff.backends import cpu as _cpu
+from fastdiff.backends import triton as _triton
+from fastdiff.ops._library import OPS as _OPS
 from fastdiff.ops.adaln_modulate import adaln_modulate
 from fastdiff.ops.attention import attention
 from fastdiff.ops.cfg_combine import cfg_combine
@@ -28,3 +30,4 @@ __all__ = [
 ]
 
 _cpu.register_kernels()
+_triton.register_kernels(_OPS)

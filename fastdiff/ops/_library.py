@@ -48,6 +48,7 @@ class FusedOp(Generic[P, R]):
         LIBRARY.impl(self.name, self._autograd, "Autograd")
         self.overload = getattr(torch.ops.fastdiff, self.name).default
         self._check: Callable[..., None] | None = None
+        self._fake: Callable[..., Any] | None = None
         self._parameters = inspect.signature(reference).parameters
         self._backward: Backward | None = None
         OPS[self.name] = self
@@ -60,6 +61,7 @@ class FusedOp(Generic[P, R]):
     def fake(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Decorator: shapes, dtypes and strides of the result, for tracing."""
         torch.library.register_fake(f"fastdiff::{self.name}", function, lib=LIBRARY)
+        self._fake = function
         return function
 
     def backward(self, *saved: str) -> Callable[[Gradients], Gradients]:
@@ -110,6 +112,38 @@ class FusedOp(Generic[P, R]):
             return _Differentiable.apply(self, *(bound | kwargs).values())
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args, **kwargs)
+
+    def define_in(self, library: torch.library.Library, implementation: Callable[..., Any]) -> Any:
+        """Define the same operator in a backend's own library: this op's schema, check and fake, and its eager
+        reference where a gradient is needed.
+
+        Args:
+            library: of the backend.
+            implementation: called with the op's arguments, without gradients.
+
+        Returns:
+            The operator's default overload.
+        """
+
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            if self._check is not None:
+                self._check(*args, **kwargs)
+            return implementation(*args, **kwargs)
+
+        def autograd(*args: Any, **kwargs: Any) -> Any:
+            needed = torch.is_grad_enabled() and any(_requires_grad(a) for a in (*args, *kwargs.values()))
+            if needed or forward_ad._current_level >= 0:
+                return self.eager(*args, **kwargs)
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload(*args, **kwargs)
+
+        library.define(self.name + self.schema, tags=(torch.Tag.pt2_compliant_tag,))
+        library.impl(self.name, checked, "CompositeExplicitAutograd")
+        library.impl(self.name, autograd, "Autograd")
+        if self._fake is not None:
+            torch.library.register_fake(f"{library.ns}::{self.name}", self._fake, lib=library)
+        overload = getattr(getattr(torch.ops, library.ns), self.name).default
+        return overload
 
     @functools.cached_property
     def _defaults(self) -> dict[str, Any]:

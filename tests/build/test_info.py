@@ -14,7 +14,7 @@ from fastdiff.backends import BACKENDS
 from fastdiff.info import install_command
 
 #: What no command can cure, by the words of its reason.
-INCURABLE = ("this version of fastdiff has no", "this CPU has no", "sees no", "are for x86-64")
+INCURABLE = ("this version of fastdiff has no", "this CPU has no", "sees no", "are for x86-64", "without GPU support")
 
 
 def test_every_missing_backend_has_a_reason_and_a_command() -> None:

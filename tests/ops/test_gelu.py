@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from modulation import assert_close_to_exact
 from numerics import (
     DTYPES,
+    EXP_ULPS,
     Arguments,
     assert_compiles,
     assert_gradients,
@@ -52,7 +53,7 @@ def _gelu(dtype: torch.dtype, which: str, x: Tensor) -> Tensor:
 @pytest.mark.numerics
 @pytest.mark.parametrize("which", ["none", "tanh"])
 def test_every_value_in_fp32(which: str) -> None:
-    """Within 2 ulp of the result, plus 1e-9 where gelu has all but vanished; monotone where gelu is."""
+    """Within a few ulp of the result, plus 1e-9 where gelu has all but vanished; monotone where gelu is."""
     x = torch.linspace(-13, 13, 400_001)
     ours = _gelu(torch.float32, which, x)
     exact = F.gelu(x.double(), approximate=which)
@@ -61,7 +62,7 @@ def test_every_value_in_fp32(which: str) -> None:
     error = (ours.double() - exact).abs()
     ulp = torch.finfo(torch.float32).eps * exact.abs()
     outer = x < -2  # the tail: t q(t) with an error of q that grows with t^2
-    assert (error[~outer] <= 4 * ulp[~outer] + 1e-9).all()
+    assert (error[~outer] <= EXP_ULPS * ulp[~outer] + 1e-9).all()
     assert (error[outer] <= 20 * ulp[outer] + 4e-9).all()
     assert torch.equal(ours[x > 6], x[x > 6])
 

@@ -1,0 +1,111 @@
+"""Launch configurations: a small table, refined per architecture, and by ``python -m fastdiff tune`` per device.
+
+Nothing is tuned while a user's picture is drawn. An entry is found under ``"<op>/<bucket>"``, else ``"<op>"``.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Config = dict[str, Any]
+
+#: Up to here keys and values may stay on the chip.
+FEW_KEYS = 512
+
+#: Used wherever neither an architecture nor the tuning of the device says otherwise. Buckets: rows by the power of
+#: two that holds the row, attention by head dimension (its power of two) or, for fp32, "<head dimension>/fp32".
+DEFAULT: dict[str, Config] = {
+    "elementwise": {"block": 1024, "warps": 4},
+    "cfg_rescale": {"block": 4096, "warps": 8},
+    # elements: of a tile of rows; waves: programs per multiprocessor worth having before one takes several tiles
+    "rows": {"elements": 1024, "warps": 4, "waves": 16},
+    "rows/4096": {"elements": 4096, "warps": 8, "waves": 8},
+    "rows/8192": {"elements": 8192, "warps": 16, "waves": 4},
+    "qk_norm_rope": {"elements": 1024},
+    # pixels: how many a tile holds; once: up to how many per sample go in one launch
+    "group_norm": {"pixels": 64, "warps": 8, "waves": 2, "once": 512},
+    "attention": {"m": 128, "n": 64, "warps": 8, "stages": 2},
+    "attention/32": {"m": 128, "n": 64, "warps": 4, "stages": 2},
+    "attention/64": {"m": 128, "n": 64, "warps": 8, "stages": 2},
+    "attention/128": {"m": 128, "n": 64, "warps": 8, "stages": 2},
+    "attention/256": {"m": 64, "n": 32, "warps": 8, "stages": 2},
+    "attention/512": {"m": 32, "n": 32, "warps": 8, "stages": 1},
+    "attention/fp32": {"m": 32, "n": 32, "warps": 4, "stages": 1},
+    "short_attention": {"m": 64, "warps": 4, "waves": 2},
+    "short_attention/256": {"m": 32, "warps": 4, "waves": 2},
+    "short_attention/512": {"m": 32, "warps": 4, "waves": 2},
+    "short_attention/fp32": {"m": 32, "warps": 4, "waves": 2},
+    # head dimensions at which torch's attention, in half precision and with many keys, is the faster one
+    "torch_attention": {"depths": []},
+}
+
+#: What differs by compute capability.
+BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
+    # The interpreter: few and large tiles, as its time goes by their number; small images still take two launches.
+    (0, 0): {
+        "elementwise": {"block": 65536, "warps": 4},
+        "rows": {"elements": 4096, "warps": 4, "waves": 1},
+        "group_norm": {"pixels": 64, "warps": 8, "waves": 1, "once": 64},
+        "qk_norm_rope": {"elements": 16384},
+        "attention": {"m": 256, "n": 256, "warps": 4, "stages": 1},
+        "short_attention": {"m": 256, "warps": 4, "waves": 1},
+    },
+    # cuDNN's against the Triton tutorial's at 4096 keys, H100, TFLOP/s: 408 to 348 at 64, 609 to 458 at 128
+    # (github.com/pytorch/benchmark, pull requests 2370 and 2391).
+    (9, 0): {"torch_attention": {"depths": [64, 128]}},
+    (10, 0): {"torch_attention": {"depths": [64, 128]}},
+}
+
+
+def architecture(device: torch.device) -> tuple[int, int]:
+    """The compute capability; (0, 0) for the interpreter, (0, 1) for a GPU without one."""
+    if device.type == "cpu":
+        return 0, 0
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" and torch.version.cuda else (0, 1)
+
+
+def cache_file(device: torch.device) -> Path:
+    """Where the tuning of this device is kept: ``FASTDIFF_CACHE``, else the user's cache folder."""
+    folder = os.environ.get("FASTDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fastdiff")
+    name = getattr(torch, device.type).get_device_name(device) if device.type != "cpu" else "interpreter"
+    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    return Path(folder).expanduser() / f"triton-{version}-{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
+
+
+@functools.cache
+def table(device: torch.device) -> dict[str, Config]:
+    """All entries for a device."""
+    ours = BY_ARCHITECTURE.get(architecture(device), {})
+    # An entry of an architecture hides the smaller buckets of the default.
+    merged = {k: v for k, v in DEFAULT.items() if k.partition("/")[0] not in ours} | ours
+    path = cache_file(device)
+    if path.is_file():
+        # An entry of another version of the table could lack a parameter.
+        for key, entry in json.loads(path.read_text()).items():
+            if entry.keys() == merged.get(key, merged.get(key.partition("/")[0], {})).keys():
+                merged[key] = entry
+    return merged
+
+
+@functools.cache
+def config(op: str, device: torch.device, bucket: int | str | None = None) -> Config:
+    """The entry for one launch."""
+    entries = table(device)
+    return entries.get(f"{op}/{bucket}") or entries[op]
+
+
+def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why to leave a call of ``attention`` to torch, or ``None``."""
+    depth = q.shape[3]
+    if k.shape[1] <= FEW_KEYS or q.dtype == torch.float32 or depth not in config("torch_attention", q.device)["depths"]:
+        return None
+    return f"torch's attention is the faster one at head dimension {depth} and more than {FEW_KEYS} keys on this GPU"

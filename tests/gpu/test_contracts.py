@@ -1,0 +1,204 @@
+"""The Triton kernels on a GPU: the tests of tests/ops there, and the ops at the sizes of real models."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastdiff import ops, use_backend
+from fastdiff.backends import kernels_of
+from fastdiff.ops._library import OPS
+
+OPS_TESTS = Path(__file__).parents[1] / "ops"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("file", sorted(OPS_TESTS.glob("test_*.py")), ids=lambda path: path.stem)
+def test_numerics_of_tests_ops(file: Path) -> None:
+    """The same bodies as for the CPU kernels, bfloat16 too, each in a process of its own."""
+    if "numerics" not in file.read_text():
+        pytest.skip("it has no tests of numbers")
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "numerics", str(file)],
+        env=os.environ | {"FASTDIFF_TEST_BACKEND": "triton", "FASTDIFF_TEST_DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if result.returncode == 5:
+        pytest.skip("it has no tests of numbers")
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+Call = tuple[str, tuple[Any, ...], dict[str, Any]]
+
+
+def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]:
+    """One call of every op at sizes of SD1.5, SDXL, DiT, SD3, Flux and the VAE."""
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    def norm(shape: tuple[int, ...], last: bool, **kwargs: Any) -> Call:
+        x, c = random(*shape), shape[1]
+        x = x.to(memory_format=torch.channels_last) if last else x
+        return "group_norm_silu", (x, 32, random(c), random(c)), {"temb": random(shape[0], c), **kwargs}
+
+    def attention(queries: int, keys: int, heads: int, depth: int, **kwargs: Any) -> Call:
+        q, k, v = (random(2, n, heads * depth).unflatten(-1, (heads, depth)) for n in (queries, keys, keys))
+        return "attention", (q, k, v), {"return_lse": True, **kwargs}
+
+    def rows(name: str, width: int) -> Call:
+        x, residual = random(2, 4096, width), random(2, 4096, width)
+        shift, scale, gate = random(2, 3 * width).chunk(3, 1)
+        arguments = {
+            "adaln_modulate": (x, scale, shift),
+            "gate_residual": (x, gate, residual),
+            "gate_residual_adaln": (x, gate, residual, scale, shift),
+        }
+        return name, arguments[name], {}
+
+    def rope() -> Call:
+        q, k = (random(1, 4096, 3072).unflatten(-1, (24, 128)) for _ in range(2))
+        text = random(1, 512, 3072).unflatten(-1, (24, 128))
+        w, table = random(128), torch.randn(4608, 128, device=device)
+        return "qk_norm_rope", (q, k, w, w, None, None, table, table, text, text, w, w), {}
+
+    calls: dict[str, Callable[[], Call]] = {
+        "swiglu": lambda: ("swiglu", tuple(random(1, 4608, 2 * 12288).chunk(2, -1)), {}),
+        "geglu": lambda: ("geglu", (random(2, 4096, 2560),), {}),
+        "gelu_tanh": lambda: ("gelu_tanh", (random(2, 4096, 4608),), {}),
+        "cfg_combine": lambda: ("cfg_combine", (random(2, 4, 128, 128), random(2, 4, 128, 128), 7.5, 0.7), {}),
+        "scheduler_step": lambda: (
+            "scheduler_step",
+            (random(2, 4, 128, 128), random(2, 4, 128, 128), [random(2, 4, 128, 128)], None,
+             [0.9, 0.1, 0.2, 0.0, 0.3], []),
+            {},
+        ),
+        "qk_norm_rope": rope,
+    }
+    for name in ("adaln_modulate", "gate_residual", "gate_residual_adaln"):
+        for width in (320, 1152, 3072, 9000):
+            calls[f"{name} {width}"] = lambda name=name, width=width: rows(name, width)
+    for shape in ((2, 320, 64, 64), (2, 1280, 8, 8), (2, 960, 64, 64), (1, 128, 512, 512)):
+        for last in (False, True):
+            for tokens in (False, True):
+                key = f"group_norm_silu {shape} {'NHWC' if last else 'NCHW'}{' tokens' if tokens else ''}"
+                calls[key] = lambda s=shape, n=last, t=tokens: norm(s, n, tokens=t)
+    for depth in (40, 64, 72, 80, 88, 96, 112, 128, 160, 256, 512):
+        for keys in (77, 1000):
+            heads = 4 if depth < 512 else 1
+            calls[f"attention {depth} {keys}"] = lambda k=keys, h=heads, d=depth: attention(1000, k, h, d)
+    for keys in (1, 154, 300, 512):
+        calls[f"attention 64 {keys}"] = lambda k=keys: attention(4096, k, 8, 64)
+    calls["attention causal"] = lambda: attention(1000, 1000, 8, 64, is_causal=True)
+    for keys in (77, 1000):
+        mask = torch.rand(2, 1, 1, keys, device=device) > 0.3
+        calls[f"attention bool {keys}"] = lambda k=keys, m=mask: attention(1000, k, 8, 64, attn_mask=m)
+    return calls
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for t in result if t.numel()]
+
+
+def _wide(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_wide(v) for v in value)
+    return {k: _wide(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def check(call: Call) -> None:
+    """Strictly the Triton kernel, into poisoned memory, against fp64, and against eager's error."""
+    name, args, kwargs = call
+    op = OPS[name]
+    exact = _tensors(op.eager(*_wide(args), **_wide(kwargs)))
+    eager = _tensors(op.eager(*args, **kwargs))
+    held = [torch.full_like(t, torch.nan) for t in eager]
+    del held  # the kernel's results are allocated where it was
+    kernel = next(k for k in kernels_of(name) if k.backend == "triton")
+    ours = _tensors(kernel.run(*args, **kwargs))
+    for got, stock, want in zip(ours, eager, exact, strict=True):
+        assert got.dtype == stock.dtype and got.shape == stock.shape and got.stride() == stock.stride()
+        ours_, eager_, rounded = (
+            ((t.double() - want).norm() / want.norm()).item() for t in (got, stock, want.to(got.dtype))
+        )
+        if got.dtype == torch.float32:
+            limit = 2 * max(eager_, rounded)
+        else:
+            limit = eager_ if name == "attention" else 1.02 * rounded
+        assert ours_ <= limit, f"relative RMS error {ours_:.4g} exceeds {limit:.4g} (eager {eager_:.4g})"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", real_calls(torch.float32, "meta"))
+def test_real_sizes(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        check(real_calls(dtype, "cuda")[name]())
+
+
+def test_first_use_costs_less_than_a_second(tmp_path: Path) -> None:
+    """Of each kernel, with an empty cache and torch and Triton imported."""
+    code = """
+import time, torch, fastdiff
+from fastdiff import ops
+x = torch.randn(2, 320, 64, 64, device="cuda", dtype=torch.bfloat16); w = torch.ones(320, device="cuda").bfloat16()
+ops.gelu_tanh(x)
+for call in (lambda: ops.group_norm_silu(x, 32, w, w), lambda: ops.adaln_modulate(x), lambda: ops.geglu(x)):
+    start = time.perf_counter(); call(); torch.cuda.synchronize(); print(time.perf_counter() - start)
+"""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    times = [float(line) for line in result.stdout.split()]
+    assert len(times) == 3 and max(times) < 2.0, times  # group_norm_silu is two kernels
+
+
+def test_a_new_size_compiles_nothing() -> None:
+    from fastdiff.backends.triton import group_norm_silu as module
+
+    def call(batch: int, size: int) -> None:
+        x = torch.randn(batch, 320, size, size, device="cuda", dtype=torch.bfloat16)
+        with use_backend("triton", strict=True):
+            ops.group_norm_silu(x, 32)
+
+    def compiled() -> int:
+        functions = [f for k in (module._partial, module._apply) for f in (k.aligned, k.loose)]
+        return sum(len(caches[0]) for f in functions for caches in f.device_caches.values())
+
+    call(2, 64)
+    before = compiled()
+    for batch, size in ((1, 96), (2, 128), (3, 72)):
+        call(batch, size)
+    assert compiled() == before > 0
+
+
+def test_launch_overhead() -> None:
+    """Host time of a call, mostly Python: printed, and far below what a stock chain of operations takes."""
+    x, scale, shift = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((1, 16, 64), (1, 64), (1, 64)))
+    for _ in range(10):
+        ops.adaln_modulate(x, scale, shift)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(1000):
+        ops.adaln_modulate(x, scale, shift)
+    microseconds = (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    print(f"adaln_modulate: {microseconds:.1f} us of host time a call")
+    assert microseconds < 60
+
+
+@pytest.mark.anywhere
+def test_every_op_has_a_real_size() -> None:
+    assert {call()[0] for call in real_calls(torch.float32, "meta").values()} == set(ops.__all__)
