@@ -61,7 +61,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   args.q = q.const_data_ptr(), args.k = k.const_data_ptr(), args.v = v.const_data_ptr();
   args.out = out.mutable_data_ptr();
   args.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
-  if (args.batch * args.heads * args.queries > 0) require(cpu::attention(args), "attention");
+  if (args.batch * args.heads * args.queries > 0) STD_TORCH_CHECK(cpu::attention(args), "fastdiff: attention has no kernel for this CPU (it needs AVX2)");
   return {std::move(out), std::move(lse)};
 }
 

@@ -1,6 +1,7 @@
 """The fused ops. Each is one file: contract, schema, eager reference and fake implementation."""
 
 from fastdiff.backends import cpu as _cpu
+from fastdiff.backends import cuda as _cuda
 from fastdiff.ops.adaln_modulate import adaln_modulate
 from fastdiff.ops.attention import attention
 from fastdiff.ops.cfg_combine import cfg_combine
@@ -28,3 +29,4 @@ __all__ = [
 ]
 
 _cpu.register_kernels()
+_cuda.register_kernels()

@@ -22,7 +22,14 @@ from torch import Tensor
 from fastdiff import _extension, use_backend
 from fastdiff.ops._library import FusedOp
 
+#: What the tests judge: the CPU kernels, or what a run of ``-m numerics`` with another backend sets.
+BACKEND = os.environ.get("FASTDIFF_TEST_BACKEND", "cpu")
+DEVICE = torch.device(os.environ.get("FASTDIFF_TEST_DEVICE", "cpu"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+if BACKEND == "triton" and DEVICE.type == "cpu":  # the interpreter, which has no arithmetic of bfloat16 and is slow
+    DTYPES = (torch.float32, torch.float16)
+#: How far an fp32 kernel with one exponential may be off: the GPU's own exp2 is good to 2 ulp, the CPU kernels' to 0.5.
+EXP_ULPS = 4 if BACKEND == "cpu" else 6
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,19 +37,31 @@ _ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def run_kernel(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call ``op`` so that only the CPU kernel can serve it, into memory that held NaN before."""
+    """Call ``op`` so that only the kernel under test can serve it, into memory that held NaN before.
+
+    Tensors go to the device under test with their strides and offsets; results come back.
+    """
+    args, kwargs = _map(_to_device, (args, kwargs))
     poison(args, kwargs)
-    with use_backend("cpu", strict=True):
+    with use_backend(BACKEND, strict=True):
         choice = op.choose(*args, **kwargs)
-        assert choice.backend == "cpu", choice.reason
-        return choice.run(*args, **kwargs)
+        assert choice.backend == BACKEND, choice.reason
+        return _map(lambda v: v.cpu() if isinstance(v, Tensor) else v, choice.run(*args, **kwargs))
+
+
+def _to_device(value: Any) -> Any:
+    if not isinstance(value, Tensor) or value.device == DEVICE:
+        return value
+    memory = torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()).to(DEVICE)
+    there = torch.empty(0, dtype=value.dtype, device=DEVICE)
+    return there.set_(memory.untyped_storage(), value.storage_offset(), value.shape, value.stride())
 
 
 def poison(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Leave NaN in the memory that an output of an argument's size is likely to be allocated from."""
     sizes = {t.numel() * t.element_size() for t in _tensors((args, kwargs))}
     # All-ones bytes are NaN in every floating format.
-    held = [torch.full((size,), 255, dtype=torch.uint8) for size in sizes for _ in range(3) if size]
+    held = [torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) for size in sizes for _ in range(3) if size]
     del held
 
 
