@@ -4,6 +4,7 @@
 #pragma once
 
 #include "../cpu/adaln.h"
+#include "../cpu/attention.h"
 #include "../cpu/cfg_combine.h"
 #include "../cpu/geglu.h"
 #include "../cpu/gelu_tanh.h"
@@ -38,11 +39,18 @@ constexpr int64_t kMaxGroupChannels = 1024;
 constexpr int64_t kMaxGroupElements = int64_t{1} << 31;
 
 FASTDIFF_CUDA_KERNEL(const char* adaln(const cpu::AdalnArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* attention_bf16(const cpu::AttentionArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* attention_fp16(const cpu::AttentionArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* cfg_combine(const cpu::CfgCombineArgs& args, float* workspace, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* geglu(const cpu::GegluArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* gelu_tanh(const cpu::GeluTanhArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* group_norm_silu(const cpu::GroupNormSiluArgs& args, float* workspace, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* scheduler_step(const cpu::SchedulerStepArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* swiglu(const cpu::SwigluArgs& args, Stream stream))
+
+inline const char* attention(const cpu::AttentionArgs& args, Stream stream) {
+  if (args.dtype == cpu::DType::f32) return "attention takes half precision";
+  return args.dtype == cpu::DType::bf16 ? attention_bf16(args, stream) : attention_fp16(args, stream);
+}
 
 }  // namespace fastdiff::cuda

@@ -17,8 +17,8 @@ from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
 from fastdiff.backends.cpu import run_overload
 
-#: The largest rows and groups of channels, as in csrc/cuda/kernels.h.
-MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
+#: The longest rows, largest groups of channels and head dimension, as in csrc/cuda/kernels.h and attention.cuh.
+MAX_COLUMNS, MAX_DEPTH, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 256, 1024, 2**31
 
 #: Where something else was measured to be faster: by op and compute capability, a function of the op's arguments that
 #: gives the reason or ``None``. What is not in here is served in the order of ``fastdiff.backends.BACKENDS``.
@@ -75,9 +75,21 @@ def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> s
     return None
 
 
+def _attention(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if q.dtype == torch.float32:
+        return "q is float32, which the tensor cores would round"
+    if q.shape[3] > MAX_DEPTH:
+        return f"the head dimension is {q.shape[3]}, more than {MAX_DEPTH}"
+    mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
+    if mask is not None and (mask.shape[-1] != args[0].shape[1] or mask.stride(-1) != 1):
+        return "attn_mask is broadcast along the keys or not contiguous along them"
+    return None
+
+
 #: What these kernels refuse beyond what all GPU kernels do.
 _LIMITS: dict[str, Refuse] = {
     "adaln_modulate": _row_too_long,
+    "attention": _attention,
     "gate_residual": _row_too_long,
     "gate_residual_adaln": _row_too_long,
     "group_norm_silu": _group_too_large,
@@ -85,6 +97,7 @@ _LIMITS: dict[str, Refuse] = {
 #: The ops that have a CUDA kernel.
 OPS = (
     "adaln_modulate",
+    "attention",
     "cfg_combine",
     "gate_residual",
     "gate_residual_adaln",
