@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +31,31 @@ pytestmark = [needs_sources, pytest.mark.skipif(not shutil.which("nvcc"), reason
 
 def architectures() -> list[str]:
     _, toolchain = load_build(ROOT)
-    known = set(re.findall(r"\bsm_(\d+[a-f]?)\b", subprocess.run(["nvcc", "--help"], capture_output=True, text=True).stdout))
-    return toolchain.cuda_architectures("", [], known)[0]
+    return toolchain.cuda_architectures("", [], toolchain.known_architectures(toolchain.find_nvcc()))[0]
 
 
 def measure(source: str, output: Path) -> dict[str, dict[str, int]]:
     """The worst of each of a file's kernels over the architectures: registers, static shared memory, spilled bytes."""
     _, toolchain = load_build(ROOT)
-    nvcc = toolchain.find_nvcc()
-    command = [nvcc, "-O3", "-std=c++20", "-DFASTDIFF_HAVE_CUDA", "--ptxas-options=-v", "-cubin"]
+    flags = ["-O3", "-std=c++20", "-DFASTDIFF_HAVE_CUDA", "--ptxas-options=-v", "--threads=2"]
+    gencode = [f"-gencode=arch=compute_{code},code=sm_{code}" for code in architectures()]
+    command = [
+        toolchain.find_nvcc(),
+        *flags,
+        *gencode,
+        "-c",
+        str(ROOT / "csrc/cuda" / f"{source}.cu"),
+        "-o",
+        str(output),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stderr, done.stderr
     worst: dict[str, dict[str, int]] = {}
-    for code in architectures():
-        path = str(ROOT / "csrc/cuda" / f"{source}.cu")
-        gencode = f"-gencode=arch=compute_{code},code=sm_{code}"
-        done = subprocess.run([*command, gencode, path, "-o", str(output)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        assert "warning" not in done.stderr, done.stderr
-        for part in done.stderr.split("Compiling entry function")[1:]:
-            kernel = worst.setdefault(name_of(part.split("'")[1]), {"registers": 0, "shared": 0, "spilled": 0})
-            for key, pattern in PATTERNS.items():
-                kernel[key] = max(kernel[key], *map(int, re.findall(pattern, part)), 0)
+    for part in done.stderr.split("Compiling entry function")[1:]:
+        kernel = worst.setdefault(name_of(part.split("'")[1]), {"registers": 0, "shared": 0, "spilled": 0})
+        for key, pattern in PATTERNS.items():
+            kernel[key] = max(kernel[key], *map(int, re.findall(pattern, part)), 0)
     return worst
 
 
@@ -61,17 +67,18 @@ PATTERNS = {
 
 
 def name_of(symbol: str) -> str:
-    """``adaln_kernel half 8`` of a mangled kernel."""
+    """Of a mangled kernel, as in ``adaln_kernel half 8``."""
     name = re.search(r"\d+([a-z][a-z_]*_kernel)I(.*?)EEv", symbol)
     assert name, symbol
-    arguments = re.findall(r"__nv_bfloat16|__half|^f|L[a-z]\d+", name[2])
-    return " ".join([name[1], *(a.replace("__nv_", "").replace("__", "").lstrip("Lib") or a for a in arguments)])
+    names = {"f": "float", "d": "double", "__half": "half", "__nv_bfloat16": "bfloat16"}
+    arguments = re.findall(r"__nv_bfloat16|__half|^[fd]|(?<=L[a-z])\d+", name[2])
+    return " ".join([name[1], *(names.get(a, a) for a in arguments)])
 
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_budgets(source: str, tmp_path: Path) -> None:
     record: dict[str, dict[str, Any]] = json.loads(RECORD.read_text())[source]
-    measured = measure(source, tmp_path / "x.cubin")
+    measured = measure(source, tmp_path / "x.o")
     assert measured.keys() == record.keys(), "python tests/build/test_cuda_sources.py writes the record anew"
     for name, kernel in measured.items():
         assert kernel["registers"] <= record[name]["registers"] + SLACK, (name, kernel, record[name])
@@ -80,5 +87,6 @@ def test_budgets(source: str, tmp_path: Path) -> None:
 
 
 if __name__ == "__main__":
-    budgets = {source: measure(source, Path("/dev/null")) for source in SOURCES}
+    with tempfile.TemporaryDirectory() as folder:
+        budgets = {source: measure(source, Path(folder, "x.o")) for source in SOURCES}
     RECORD.write_text(json.dumps(budgets, indent=1, sort_keys=True) + "\n")
