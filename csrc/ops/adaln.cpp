@@ -13,7 +13,7 @@ cpu::Rows rows_of(const Tensor& t, const Tensor& x, const char* name) {
   const size_t rank = sizes.size(), full_rank = full.size();
   bool fits = 1 <= rank && rank <= full_rank && full_rank <= cpu::Rows::kAxes + 1 &&
               sizes[rank - 1] == full[full_rank - 1] && (strides[rank - 1] == 1 || sizes[rank - 1] == 1);
-  cpu::Rows rows{t.const_data_ptr(), dtype_of(t, name)};
+  cpu::Rows rows{data_of(t, x, name), dtype_of(t, name)};
   for (size_t axis = 0; fits && axis + 1 < rank; ++axis) {
     // Aligned at the batch axis; x's last axes before D that t lacks are broadcast.
     if (sizes[axis] == 1) continue;
@@ -40,7 +40,7 @@ struct Call {
     args.gate = rows_of(gate, x, "gate");
     args.residual = rows_of(residual, x, "residual");
     Tensor y = empty_output(sizes, contiguous_strides(sizes), x.scalar_type(), x);
-    args.y = y.mutable_data_ptr();
+    args.y = data_of(y);
     return y;
   }
 
@@ -53,9 +53,13 @@ struct Call {
     args.eps = static_cast<float>(eps);
     args.rms = rms;
     Tensor out = empty_output(sizes, contiguous_strides(sizes), dtype, x);
-    args.out = out.mutable_data_ptr();
+    args.out = data_of(out);
     args.out_dtype = dtype_of(out, "out_dtype");
     return out;
+  }
+
+  void run(const char* op) const {
+    fastdiff::run(op, x, [&] { return cpu::adaln(args); }, [&](cuda::Stream s) { return cuda::adaln(args, s); });
   }
 
   const Tensor& x;
@@ -68,14 +72,14 @@ Tensor adaln_modulate(const Tensor& x, const OptionalTensor& scale, const Option
                       std::optional<ScalarType> out_dtype) {
   Call call(x);
   Tensor out = call.norm(scale, shift, weight, bias, eps, rms, out_dtype.value_or(x.scalar_type()));
-  require(cpu::adaln(call.args), "adaln_modulate");
+  call.run("adaln_modulate");
   return out;
 }
 
 Tensor gate_residual(const Tensor& x, const Tensor& gate, const Tensor& residual) {
   Call call(x);
   Tensor y = call.gate(gate, residual);
-  require(cpu::adaln(call.args), "gate_residual");
+  call.run("gate_residual");
   return y;
 }
 
@@ -86,13 +90,13 @@ std::tuple<Tensor, Tensor> gate_residual_adaln(const Tensor& x, const Tensor& ga
   Call call(x);
   Tensor y = call.gate(gate, residual);
   Tensor out = call.norm(scale, shift, weight, bias, eps, rms, x.scalar_type());
-  require(cpu::adaln(call.args), "gate_residual_adaln");
+  call.run("gate_residual_adaln");
   return {y, out};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) {
+FASTDIFF_REGISTER(m) {
   m.impl("adaln_modulate", TORCH_BOX(&adaln_modulate));
   m.impl("gate_residual", TORCH_BOX(&gate_residual));
   m.impl("gate_residual_adaln", TORCH_BOX(&gate_residual_adaln));

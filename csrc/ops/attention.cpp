@@ -14,7 +14,7 @@ void set_strides(const Tensor& t, const char* name, int64_t (&strides)[3]) {
   for (int i = 0; i < 3; ++i) strides[i] = t.stride(i);
 }
 
-void set_mask(const Tensor& mask, cpu::AttentionArgs& args) {
+void set_mask(const Tensor& mask, const Tensor& q, cpu::AttentionArgs& args) {
   const int64_t dim = mask.dim(), full[] = {args.batch, args.heads, args.queries};
   STD_TORCH_CHECK(dim >= 2 && dim <= 4 && mask.size(dim - 1) == args.keys &&
                       (mask.stride(dim - 1) == 1 || args.keys == 1),
@@ -24,7 +24,7 @@ void set_mask(const Tensor& mask, cpu::AttentionArgs& args) {
     STD_TORCH_CHECK(size == 1 || size == full[i], "fastdiff: attention's mask does not broadcast to the logits");
     args.mask_strides[i] = size == 1 ? 0 : mask.stride(axis);
   }
-  args.mask = mask.const_data_ptr();
+  args.mask = data_of(mask, q, "attn_mask");
   args.mask_is_bool = mask.scalar_type() == ScalarType::Bool;
   if (!args.mask_is_bool) args.mask_dtype = dtype_of(mask, "attn_mask");
 }
@@ -48,7 +48,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
                       v.size(3) == args.depth,
                   "fastdiff: attention's q, k and v do not match in shape");
   STD_TORCH_CHECK(args.keys > 0 && args.depth > 0, "fastdiff: attention needs keys");
-  if (attn_mask) set_mask(*attn_mask, args);
+  if (attn_mask) set_mask(*attn_mask, q, args);
   args.scale = static_cast<float>(scale ? *scale : 1.0 / std::sqrt(static_cast<double>(args.depth)));
   args.causal = is_causal;
   args.threads = static_cast<int>(torch::stable::get_num_threads());
@@ -58,13 +58,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   std::vector<int64_t> lse_sizes{0};
   if (return_lse) lse_sizes.assign(sizes.begin(), sizes.end() - 1);
   Tensor lse = empty_output(lse_sizes, contiguous_strides(lse_sizes), ScalarType::Float, q);
-  args.q = q.const_data_ptr(), args.k = k.const_data_ptr(), args.v = v.const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.lse = return_lse ? static_cast<float*>(lse.mutable_data_ptr()) : nullptr;
-  if (args.batch * args.heads * args.queries > 0) require(cpu::attention(args), "attention");
+  args.q = data_of(q, q, "q"), args.k = data_of(k, q, "k"), args.v = data_of(v, q, "v");
+  args.out = data_of(out);
+  args.lse = return_lse ? static_cast<float*>(data_of(lse)) : nullptr;
+  if (args.batch * args.heads * args.queries > 0)
+    run("attention", q, [&] { return cpu::attention(args); }, [&](cuda::Stream s) { return cuda::attention(args, s); });
   return {std::move(out), std::move(lse)};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+FASTDIFF_REGISTER(m) { m.impl("attention", TORCH_BOX(&attention)); }
 
 }  // namespace fastdiff

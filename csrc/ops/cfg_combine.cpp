@@ -11,13 +11,16 @@ Tensor cfg_combine(const Tensor& uncond, const Tensor& cond, double guidance_sca
                   "fastdiff: cfg_combine takes contiguous tensors of one shape and dtype");
   Tensor out = empty_output_like(cond);
   if (cond.numel() == 0) return out;
-  require(cpu::cfg_combine({uncond.const_data_ptr(), cond.const_data_ptr(), out.mutable_data_ptr(), samples,
-                            cond.numel() / samples, static_cast<float>(guidance_scale),
-                            static_cast<float>(guidance_rescale), dtype_of(cond, "cond")}),
-          "cfg_combine");
+  const cpu::CfgCombineArgs args{data_of(uncond, cond, "uncond"), data_of(cond, cond, "cond"), data_of(out), samples,
+                                 cond.numel() / samples, static_cast<float>(guidance_scale),
+                                 static_cast<float>(guidance_rescale), dtype_of(cond, "cond")};
+  run("cfg_combine", cond, [&] { return cpu::cfg_combine(args); }, [&](cuda::Stream s) {
+    Tensor workspace = scratch(cuda::workspace_size(args), cond);
+    return cuda::cfg_combine(args, static_cast<float*>(data_of(workspace)), s);
+  });
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("cfg_combine", TORCH_BOX(&cfg_combine)); }
+FASTDIFF_REGISTER(m) { m.impl("cfg_combine", TORCH_BOX(&cfg_combine)); }
 
 }  // namespace fastdiff

@@ -11,10 +11,11 @@ Tensor geglu(const Tensor& x) {
   const int64_t columns = sizes.back() /= 2;
   Tensor out = empty_output(sizes, contiguous_strides(sizes), x.scalar_type(), x);
   const int64_t rows = columns ? out.numel() / columns : 0;
-  require(cpu::geglu({x.const_data_ptr(), out.mutable_data_ptr(), rows, columns, dtype_of(x, "x")}), "geglu");
+  const cpu::GegluArgs args{data_of(x, x, "x"), data_of(out), rows, columns, dtype_of(x, "x")};
+  run("geglu", x, [&] { return cpu::geglu(args); }, [&](cuda::Stream s) { return cuda::geglu(args, s); });
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("geglu", TORCH_BOX(&geglu)); }
+FASTDIFF_REGISTER(m) { m.impl("geglu", TORCH_BOX(&geglu)); }
 
 }  // namespace fastdiff

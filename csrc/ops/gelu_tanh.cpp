@@ -7,10 +7,11 @@ namespace fastdiff {
 Tensor gelu_tanh(const Tensor& x) {
   STD_TORCH_CHECK(x.is_contiguous(), "fastdiff: gelu_tanh takes a contiguous x");
   Tensor out = empty_output_like(x);
-  require(cpu::gelu_tanh({x.const_data_ptr(), out.mutable_data_ptr(), x.numel(), dtype_of(x, "x")}), "gelu_tanh");
+  const cpu::GeluTanhArgs args{data_of(x, x, "x"), data_of(out), x.numel(), dtype_of(x, "x")};
+  run("gelu_tanh", x, [&] { return cpu::gelu_tanh(args); }, [&](cuda::Stream s) { return cuda::gelu_tanh(args, s); });
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("gelu_tanh", TORCH_BOX(&gelu_tanh)); }
+FASTDIFF_REGISTER(m) { m.impl("gelu_tanh", TORCH_BOX(&gelu_tanh)); }
 
 }  // namespace fastdiff

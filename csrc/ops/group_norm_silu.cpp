@@ -22,14 +22,15 @@ bool has_layout(const Tensor& x, bool pixel_major, int64_t batch_stride) {
   return (pixel_major || matches(1, stride)) && (batch_stride == 0 || matches(0, batch_stride));
 }
 
-// Of shape (C,), or with `batch`, (B, C) and further axes of size 1.
-cpu::ChannelValues per_channel(const std::optional<Tensor>& t, const char* name, int64_t channels, int64_t batch = 0) {
+// Of shape (C,), or with `per_sample`, (B, C) and further axes of size 1.
+cpu::ChannelValues per_channel(const std::optional<Tensor>& t, const char* name, const Tensor& x, bool per_sample) {
   if (!t) return {};
-  const int64_t dim = t->dim();
-  const bool fits = batch ? dim >= 2 && t->size(0) == batch && t->size(1) == channels && t->numel() == batch * channels
-                          : dim == 1 && t->size(0) == channels;
-  STD_TORCH_CHECK(t->is_cpu() && fits, "fastdiff: group_norm_silu takes ", name, batch ? " (B, C)" : " (C,)", " on the CPU");
-  return {t->const_data_ptr(), dtype_of(*t, name), dim > 1 ? t->stride(0) : 0, t->stride(dim > 1 ? 1 : 0)};
+  const int64_t dim = t->dim(), batch = x.size(0), channels = x.size(1);
+  const bool fits = per_sample
+                        ? dim >= 2 && t->size(0) == batch && t->size(1) == channels && t->numel() == batch * channels
+                        : dim == 1 && t->size(0) == channels;
+  STD_TORCH_CHECK(fits, "fastdiff: group_norm_silu takes ", name, per_sample ? " (B, C)" : " (C,)");
+  return {data_of(*t, x, name), dtype_of(*t, name), dim > 1 ? t->stride(0) : 0, t->stride(dim > 1 ? 1 : 0)};
 }
 
 }  // namespace
@@ -54,8 +55,8 @@ Tensor group_norm_silu(const Tensor& input, int64_t num_groups, const std::optio
                : dense ? empty_output_like(x)
                        : empty_output(shape, contiguous_strides(shape), x.scalar_type(), x);
   if (out.numel() == 0) return out;
-  cpu::GroupNormSiluArgs args{.x = x.const_data_ptr(),
-                              .out = out.mutable_data_ptr(),
+  cpu::GroupNormSiluArgs args{.x = data_of(x, x, "x"),
+                              .out = data_of(out),
                               .batch = batch,
                               .channels = channels,
                               .spatial = spatial,
@@ -63,18 +64,21 @@ Tensor group_norm_silu(const Tensor& input, int64_t num_groups, const std::optio
                               .x_batch_stride = x.stride(0),
                               .x_pixel_major = pixel_major,
                               .out_pixel_major = pixel_major || tokens,
-                              .weight = per_channel(weight, "weight", channels),
-                              .bias = per_channel(bias, "bias", channels),
-                              .temb = per_channel(temb, "temb", channels, batch),
-                              .scale = per_channel(scale, "scale", channels, batch),
-                              .shift = per_channel(shift, "shift", channels, batch),
+                              .weight = per_channel(weight, "weight", x, false),
+                              .bias = per_channel(bias, "bias", x, false),
+                              .temb = per_channel(temb, "temb", x, true),
+                              .scale = per_channel(scale, "scale", x, true),
+                              .shift = per_channel(shift, "shift", x, true),
                               .eps = eps,
                               .silu = silu,
                               .dtype = dtype_of(x, "x")};
-  require(cpu::group_norm_silu(args), "group_norm_silu");
+  run("group_norm_silu", x, [&] { return cpu::group_norm_silu(args); }, [&](cuda::Stream s) {
+    Tensor workspace = scratch(cuda::workspace_size(args), x);
+    return cuda::group_norm_silu(args, static_cast<float*>(data_of(workspace)), s);
+  });
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu)); }
+FASTDIFF_REGISTER(m) { m.impl("group_norm_silu", TORCH_BOX(&group_norm_silu)); }
 
 }  // namespace fastdiff

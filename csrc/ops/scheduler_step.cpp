@@ -19,10 +19,10 @@ class Operands {
   Args::Operand read(const Tensor& t, size_t position, const char* name) {
     const auto equal = [](auto a, auto b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); };
     STD_TORCH_CHECK(equal(t.sizes(), sample_.sizes()), "fastdiff: ", name, " must have sample's shape");
-    const void* data = t.const_data_ptr();
+    const void* data = data_of(t, sample_, name);
     if (contiguous_ && !t.is_contiguous()) {
       copies_.push_back(torch::stable::contiguous(t));
-      data = copies_.back().const_data_ptr();
+      data = data_of(copies_.back(), sample_, name);
     } else if (!contiguous_) {
       STD_TORCH_CHECK(equal(t.strides(), sample_.strides()), "fastdiff: ", name, " must be laid out like sample");
     }
@@ -80,10 +80,10 @@ std::tuple<Tensor, Tensor, Tensor> scheduler_step(
   Tensor next = result(true, prev_dtype.value_or(own));
   Tensor new_entry = result(!entry.empty(), entry_dtype.value_or(given));
   Tensor combination = result(!kept.empty(), kept_dtype.value_or(own));
-  args.prev = next.mutable_data_ptr();
+  args.prev = data_of(next);
   args.prev_dtype = dtype_of(next, "prev_dtype");
   if (!entry.empty()) {
-    args.entry = new_entry.mutable_data_ptr();
+    args.entry = data_of(new_entry);
     args.entry_dtype = dtype_of(new_entry, "entry_dtype");
     args.sample.in_entry = entry[0];
     args.model_output.in_entry = entry[1];
@@ -91,14 +91,16 @@ std::tuple<Tensor, Tensor, Tensor> scheduler_step(
     if (clip) args.clip = *clip;
   }
   if (!kept.empty()) {
-    args.kept = combination.mutable_data_ptr();
+    args.kept = data_of(combination);
     args.kept_dtype = dtype_of(combination, "kept_dtype");
     args.entry_in_kept = kept[2];
   }
-  if (args.numel > 0) require(cpu::scheduler_step(args), "scheduler_step");
+  if (args.numel > 0)
+    run("scheduler_step", sample, [&] { return cpu::scheduler_step(args); },
+        [&](cuda::Stream s) { return cuda::scheduler_step(args, s); });
   return {next, new_entry, combination};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("scheduler_step", TORCH_BOX(&scheduler_step)); }
+FASTDIFF_REGISTER(m) { m.impl("scheduler_step", TORCH_BOX(&scheduler_step)); }
 
 }  // namespace fastdiff

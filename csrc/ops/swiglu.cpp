@@ -38,14 +38,14 @@ Tensor swiglu(const Tensor& gate, const Tensor& x) {
   Strided a(gate, "gate"), b(x, "x");
   const int64_t columns = a.columns < b.columns ? a.columns : b.columns;
   a.cut(columns), b.cut(columns);
-  require(cpu::swiglu({gate.const_data_ptr(), x.const_data_ptr(), a.stride, b.stride, out.mutable_data_ptr(), a.rows,
-                       columns, dtype}),
-          "swiglu");
+  const cpu::SwigluArgs args{data_of(gate, gate, "gate"), data_of(x, gate, "x"), a.stride, b.stride, data_of(out), a.rows,
+                             columns, dtype};
+  run("swiglu", gate, [&] { return cpu::swiglu(args); }, [&](cuda::Stream s) { return cuda::swiglu(args, s); });
   return out;
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
+FASTDIFF_REGISTER(m) { m.impl("swiglu", TORCH_BOX(&swiglu)); }
 
 }  // namespace fastdiff

@@ -19,7 +19,8 @@ DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 _AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
 
 
-def _run(op: str) -> Callable[..., Any]:
+def run_overload(op: str) -> Callable[..., Any]:
+    """A call of ``torch.ops.fastdiff.<op>``, which dispatches to the kernel of the tensors' device."""
     overload = getattr(torch.ops.fastdiff, op).default
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -309,7 +310,7 @@ def register_kernels() -> None:
             differentiable = DIFFERENTIABLE.get(op)
             if differentiable is not None and not all(map(_built, _BACKWARD)):
                 differentiable = None
-            register(Kernel(op, "cpu", _run(op), refuse, differentiable))
+            register(Kernel(op, "cpu", run_overload(op), refuse, differentiable))
 
 
 def _built(op: str) -> bool:

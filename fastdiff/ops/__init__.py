@@ -1,6 +1,7 @@
 """The fused ops. Each is one file: contract, schema, eager reference and fake implementation."""
 
 from fastdiff.backends import cpu as _cpu
+from fastdiff.backends import cuda as _cuda
 from fastdiff.backends import triton as _triton
 from fastdiff.ops._library import OPS as _OPS
 from fastdiff.ops.adaln_modulate import adaln_modulate
@@ -30,4 +31,5 @@ __all__ = [
 ]
 
 _cpu.register_kernels()
+_cuda.register_kernels()
 _triton.register_kernels(_OPS)

@@ -1,0 +1,381 @@
+// out = silu(group_norm(x + temb) * (1 + scale) + shift)
+//
+// A group is too few blocks for a GPU, so it is cut into chunks. One kernel leaves the moments of every chunk in the
+// workspace; the next merges those of the groups it needs and maps its part of x, which then often is in the L2 cache.
+//
+// The moments are taken relative to a pivot, the mean of 32 of the group's elements, so that a mean that is large beside
+// the deviations costs no digits. Then everything per channel is folded into (x - sub) * mul + add: what `sub` loses by
+// rounding goes into `add`.
+#include <numeric>
+
+#include "reduce.cuh"
+
+namespace fastdiff::cuda {
+namespace {
+
+using Args = cpu::GroupNormSiluArgs;
+using cpu::ChannelValues;
+
+constexpr int kBlock = 256;
+constexpr int64_t kChunk = 4096;  // a block's elements at least
+
+// What the kernels share. Group g of sample b has the moments of its `chunks`, and its pivot, at partial(b, g).
+struct Problem {
+  Args args;
+  float* workspace;
+  int64_t chunk;  // elements of a group (channel-major), or pixels (pixel-major)
+  uint32_t chunks;
+  int group_size;  // channels
+  int tile;        // pixel-major: channels of a block, whole groups and whole packs
+  uint32_t tiles;
+
+  __device__ __forceinline__ float* partial(int64_t b, int64_t g) const {
+    return workspace + kStored * chunks * (b * args.groups + g);
+  }
+  template <class T>
+  __device__ __forceinline__ const T* x(int64_t b) const {
+    return static_cast<const T*>(args.x) + b * args.x_batch_stride;
+  }
+  template <class T>
+  __device__ __forceinline__ T* out(int64_t b) const {
+    return static_cast<T*>(args.out) + b * args.channels * args.spatial;
+  }
+  // Computed by a warp.
+  template <class T>
+  __device__ __forceinline__ float new_pivot(int64_t b, int64_t g) const {
+    const int64_t lane = threadIdx.x % kWarp;
+    const int64_t c = g * group_size + lane * group_size / kWarp, pixel = lane * args.spatial / kWarp;
+    float sum[1] = {load_one(x<T>(b) + (args.x_pixel_major ? pixel * args.channels + c : c * args.spatial + pixel))};
+    warp_sum(sum);
+    return sum[0] / kWarp;
+  }
+  __device__ __forceinline__ float stored_pivot(int64_t b, int64_t g) const {
+    return load_one(partial(b, g) + kStored - 1);
+  }
+};
+
+__device__ __forceinline__ float value(const ChannelValues& v, int64_t b, int64_t c, float absent) {
+  float result = absent;
+  if (v.data)
+    with_type(v.data, v.dtype, [&](auto* p) { result = load_one(p + b * v.batch_stride + c * v.channel_stride); });
+  return result;
+}
+
+// a + b as a rounded sum and what it lost (Knuth).
+__device__ __forceinline__ float add_exactly(float a, float b, float& lost) {
+  const float sum = a + b, part = sum - a;
+  lost += (a - (sum - part)) + (b - part);
+  return sum;
+}
+
+// The map of one channel, given its group's pivot and the moments relative to it.
+struct Map {
+  float sub, mul, add;
+  __device__ __forceinline__ Map(const Args& args, int64_t b, int64_t c, float pivot, float mean, float rstd) {
+    const float scale = 1.0f + value(args.scale, b, c, 0.0f);
+    float lost = 0.0f;
+    sub = add_exactly(pivot, add_exactly(mean, -value(args.temb, b, c, 0.0f), lost), lost);
+    mul = rstd * value(args.weight, b, c, 1.0f) * scale;
+    add = value(args.bias, b, c, 0.0f) * scale + value(args.shift, b, c, 0.0f) - lost * mul;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ float finish(const Args& args, float x, float sub, float mul, float add) {
+  const float y = fmaf(x - sub, mul, add);
+  return args.silu ? silu<T>(y) : y;
+}
+
+__device__ __forceinline__ float rstd_of(const Args& args, const Moments& m) {
+  return inverse_sqrt(divide(m.m2, m.count) + static_cast<float>(args.eps));
+}
+
+// Channel-major: a group is one run of memory. Block: chunk blockIdx.x % chunks of group blockIdx.x / chunks.
+template <class T, int width>
+__global__ void __launch_bounds__(kBlock) moments_kernel(Problem p) {
+  constexpr int kUnroll = width == 1 ? 4 : 2;
+  FASTDIFF_SHARED(Moments[kBlock / kWarp], scratch);
+  const uint32_t chunk = blockIdx.x % p.chunks, group = blockIdx.x / p.chunks, groups = p.args.groups;
+  const int64_t b = group / groups, g = group % groups;
+  const T* x = p.x<T>(b) + g * p.group_size * p.args.spatial;
+  const float pivot = p.new_pivot<T>(b, g);
+  const uint32_t spatial = p.args.spatial, size = p.group_size * spatial;
+  const uint32_t begin = chunk * p.chunk, end = begin + p.chunk < size ? begin + p.chunk : size;
+  const auto read = [&](uint32_t i, float* v) {
+    float pack[width];
+    load(x + i, pack);
+    const float temb = p.args.temb.data ? value(p.args.temb, b, g * p.group_size + i / spatial, 0.0f) : 0.0f;
+#pragma unroll
+    for (int k = 0; k < width; ++k) v[k] = (pack[k] - pivot) + temb;
+  };
+  Moments m{};
+  uint32_t i = begin + threadIdx.x * width;
+  for (; i + (kUnroll - 1) * kBlock * width < end; i += kUnroll * kBlock * width) {
+    float v[kUnroll * width];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) read(i + u * kBlock * width, v + u * width);
+    m.add(v, kUnroll * width);
+  }
+  for (; i < end; i += kBlock * width) {
+    float v[width];
+    read(i, v);
+    m.add(v, width);
+  }
+  block_merge(m, scratch);
+  if (threadIdx.x == 0) store_moments(p.partial(b, g) + kStored * chunk, m, pivot);
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kBlock) map_kernel(Problem p) {
+  float* maps = dynamic_shared<float>();  // sub, mul and add of the channels
+  const uint32_t chunk = blockIdx.x % p.chunks, group = blockIdx.x / p.chunks, groups = p.args.groups;
+  const int64_t b = group / groups, g = group % groups;
+  const float pivot = p.stored_pivot(b, g);
+  const Moments m = merge_stored(p.partial(b, g), p.chunks, kStored);
+  const float rstd = rstd_of(p.args, m);
+  for (int c = threadIdx.x; c < p.group_size; c += kBlock) {
+    const Map map(p.args, b, g * p.group_size + c, pivot, m.mean, rstd);
+    maps[3 * c] = map.sub, maps[3 * c + 1] = map.mul, maps[3 * c + 2] = map.add;
+  }
+  __syncthreads();
+  const int64_t offset = g * p.group_size * p.args.spatial;
+  const T* x = p.x<T>(b) + offset;
+  T* out = p.out<T>(b) + offset;
+  const uint32_t spatial = p.args.spatial, size = p.group_size * spatial;
+  const uint32_t begin = chunk * p.chunk, end = begin + p.chunk < size ? begin + p.chunk : size;
+#pragma unroll 2
+  for (uint32_t i = begin + threadIdx.x * width; i < end; i += kBlock * width) {
+    const float* map = maps + 3 * (i / spatial);
+    float v[width];
+    load(x + i, v);
+#pragma unroll
+    for (int k = 0; k < width; ++k) v[k] = finish<T>(p.args, v[k], map[0], map[1], map[2]);
+    store(out + i, v);
+  }
+}
+
+// Pixel-major: a block has a tile of channels and a chunk of pixels; a thread has a pack of channels and every
+// rows-th pixel.
+template <int width>
+constexpr int kTileThreads = width == 1 ? kMaxGroupChannels : kBlock;
+struct TilePlace {
+  uint32_t chunk, tile, b;
+  int64_t first_pixel, end_pixel;
+  int columns, channels, row, rows, c;  // c: the thread's first channel in the tile
+  bool works;
+};
+template <int width>
+__device__ __forceinline__ TilePlace tile_place(const Problem& p) {
+  TilePlace t;
+  t.chunk = blockIdx.x % p.chunks;
+  t.tile = blockIdx.x / p.chunks % p.tiles;
+  t.b = blockIdx.x / p.chunks / p.tiles;
+  t.first_pixel = t.chunk * p.chunk;
+  t.end_pixel = t.first_pixel + p.chunk < p.args.spatial ? t.first_pixel + p.chunk : p.args.spatial;
+  const int64_t left = p.args.channels - int64_t{t.tile} * p.tile;
+  t.channels = left < p.tile ? left : p.tile;
+  t.columns = p.tile / width;
+  t.rows = blockDim.x / t.columns;
+  t.row = threadIdx.x / t.columns;
+  t.c = threadIdx.x % t.columns * width;
+  t.works = t.row < t.rows && t.c < t.channels;
+  return t;
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kTileThreads<width>) tile_moments_kernel(Problem p) {
+  const TilePlace t = tile_place<width>(p);
+  float* pivots = dynamic_shared<float>();               // of the tile's groups
+  float* scratch = pivots + p.tile / p.group_size;  // (row, channel of the tile): mean and m2
+  const int first = t.tile * p.tile, first_group = first / p.group_size;
+  const int groups = t.channels / p.group_size;
+  for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp)
+    pivots[g] = p.new_pivot<T>(t.b, first_group + g);
+  __syncthreads();
+  if (t.works) {
+    const T* x = p.x<T>(t.b) + first + t.c;
+    float mean[width], m2[width], centre[width], count = 0.0f;
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      centre[k] = pivots[(t.c + k) / p.group_size];
+      mean[k] = m2[k] = 0.0f;
+    }
+#pragma unroll 4
+    for (int64_t pixel = t.first_pixel + t.row; pixel < t.end_pixel; pixel += t.rows) {
+      float v[width];
+      load(x + pixel * p.args.channels, v);
+      count += 1.0f;
+      const float share = __fdividef(1.0f, count);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const float centred = v[k] - centre[k], delta = centred - mean[k];
+        mean[k] = fmaf(delta, share, mean[k]);
+        m2[k] = fmaf(delta, centred - mean[k], m2[k]);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      float* at = scratch + 2 * (t.row * p.tile + t.c + k);
+      at[0] = mean[k] + value(p.args.temb, t.b, first + t.c + k, 0.0f), at[1] = m2[k];
+    }
+  }
+  __syncthreads();
+  const int pixels = t.end_pixel - t.first_pixel;
+  for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp) {
+    Moments m{};
+    for (int i = threadIdx.x % kWarp; i < t.rows * p.group_size; i += kWarp) {
+      const int row = i / p.group_size, c = g * p.group_size + i % p.group_size;
+      const float* at = scratch + 2 * (row * p.tile + c);
+      m.merge(static_cast<float>((pixels - row + t.rows - 1) / t.rows), at[0], at[1]);
+    }
+    warp_merge(m);
+    if (threadIdx.x % kWarp == 0) store_moments(p.partial(t.b, first_group + g) + kStored * t.chunk, m, pivots[g]);
+  }
+}
+
+// The mean and 1 / deviation of groups first to end, to statistics[2 (g - first)], by all threads of the block.
+__device__ __forceinline__ void merge_groups(const Problem& p, int64_t b, int64_t first, int64_t end,
+                                             float* statistics) {
+  for (int64_t g = first + threadIdx.x / kWarp; g < end; g += blockDim.x / kWarp) {
+    const Moments m = merge_stored(p.partial(b, g), p.chunks, kStored);
+    if (threadIdx.x % kWarp == 0) {
+      statistics[2 * (g - first)] = m.mean;
+      statistics[2 * (g - first) + 1] = rstd_of(p.args, m);
+    }
+  }
+  __syncthreads();
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kTileThreads<width>) tile_map_kernel(Problem p) {
+  float* statistics = dynamic_shared<float>();
+  {
+    const TilePlace t = tile_place<width>(p);
+    const int first_group = t.tile * p.tile / p.group_size;
+    merge_groups(p, t.b, first_group, first_group + t.channels / p.group_size, statistics);
+  }
+  const TilePlace t = tile_place<width>(p);  // again: held over the merging, it would be spilled
+  if (!t.works) return;
+  const int first = t.tile * p.tile, first_group = first / p.group_size;
+  float sub[width], mul[width], add[width];
+#pragma unroll
+  for (int k = 0; k < width; ++k) {
+    const int c = first + t.c + k, g = c / p.group_size;
+    const float* of_group = statistics + 2 * (g - first_group);
+    const Map map(p.args, t.b, c, p.stored_pivot(t.b, g), of_group[0], of_group[1]);
+    sub[k] = map.sub, mul[k] = map.mul, add[k] = map.add;
+  }
+  const T* x = p.x<T>(t.b) + first + t.c;
+  T* out = p.out<T>(t.b) + first + t.c;
+#pragma unroll 2
+  for (int64_t pixel = t.first_pixel + t.row; pixel < t.end_pixel; pixel += t.rows) {
+    float v[width];
+    load(x + pixel * p.args.channels, v);
+#pragma unroll
+    for (int k = 0; k < width; ++k) v[k] = finish<T>(p.args, v[k], sub[k], mul[k], add[k]);
+    store(out + pixel * p.args.channels, v);
+  }
+}
+
+// Channel-major x to pixel-major out: a block transposes kSide channels by kSide pixels in shared memory.
+constexpr int kSide = 64;
+template <class T, int width>
+__global__ void __launch_bounds__(kBlock) transpose_kernel(Problem p) {
+  FASTDIFF_SHARED(float[kSide][kSide + 1], tile);
+  FASTDIFF_SHARED(float[2 * kSide], statistics);
+  FASTDIFF_SHARED(float[kSide][3], maps);  // sub, mul, add
+  const uint32_t pixel_tiles = (p.args.spatial + kSide - 1) / kSide;
+  const uint32_t channel_tiles = (p.args.channels + kSide - 1) / kSide;
+  const int64_t pixel = int64_t{blockIdx.x % pixel_tiles} * kSide, b = blockIdx.x / pixel_tiles / channel_tiles;
+  const int first = blockIdx.x / pixel_tiles % channel_tiles * kSide;
+  const int pixels = p.args.spatial - pixel < kSide ? p.args.spatial - pixel : kSide;
+  const int channels = p.args.channels - first < kSide ? p.args.channels - first : kSide;
+  const int first_group = first / p.group_size;
+  merge_groups(p, b, first_group, (first + channels - 1) / p.group_size + 1, statistics);
+  if (const int c = threadIdx.x; c < channels) {
+    const int g = (first + c) / p.group_size;
+    const float* of_group = statistics + 2 * (g - first_group);
+    const Map map(p.args, b, first + c, p.stored_pivot(b, g), of_group[0], of_group[1]);
+    maps[c][0] = map.sub, maps[c][1] = map.mul, maps[c][2] = map.add;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSide * kSide / width; i += kBlock) {
+    const int c = i / (kSide / width), at = i % (kSide / width) * width;
+    if (c >= channels || at >= pixels) continue;
+    const float* map = maps[c];
+    float v[width];
+    load(p.x<T>(b) + (first + c) * p.args.spatial + pixel + at, v);
+#pragma unroll
+    for (int k = 0; k < width; ++k) tile[c][at + k] = finish<T>(p.args, v[k], map[0], map[1], map[2]);
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < kSide * kSide / width; i += kBlock) {
+    const int at = i / (kSide / width), c = i % (kSide / width) * width;
+    if (at >= pixels || c >= channels) continue;
+    float v[width];
+#pragma unroll
+    for (int k = 0; k < width; ++k) v[k] = tile[c + k][at];
+    store(p.out<T>(b) + (pixel + at) * p.args.channels + first + c, v);
+  }
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
+
+// Chunks of a job of `elements`, so that `jobs` of them fill the GPU a few times over.
+int64_t chunks_of(int64_t elements, int64_t jobs) {
+  const int64_t wanted = std::min(kMaxChunks, ceil_div(4 * multiprocessors(), jobs));
+  return std::max<int64_t>(1, std::min(wanted, ceil_div(elements, kChunk)));
+}
+
+template <class T, int width>
+const char* pixel_major(Problem& p, Stream stream) {
+  const Args& a = p.args;
+  const int64_t unit = std::lcm(p.group_size, width);  // of about 64 channels
+  p.tile = std::min(round_up(a.channels, width), round_up(64, unit));
+  p.tiles = ceil_div(a.channels, p.tile);
+  p.chunk = ceil_div(a.spatial, chunks_of(a.spatial * p.tile, a.batch * p.tiles));
+  p.chunks = ceil_div(a.spatial, p.chunk);
+  const int columns = p.tile / width, rows = std::max<int64_t>(1, std::min<int64_t>(kBlock / columns, p.chunk));
+  const dim3 grid(a.batch * p.tiles * p.chunks), block(round_up(rows * columns, kWarp));
+  const int rows_that_fit = block.x / columns;
+  const char* error = launch(tile_moments_kernel<T, width>, grid, block,
+                             4 * (p.tile / p.group_size + 2 * rows_that_fit * p.tile), stream, p);
+  if (error) return error;
+  return launch(tile_map_kernel<T, width>, grid, block, 8 * p.tile / p.group_size, stream, p);
+}
+
+template <class T, int width>
+const char* channel_major(Problem& p, Stream stream) {
+  const Args& a = p.args;
+  const int64_t size = p.group_size * a.spatial, groups = a.batch * a.groups;
+  p.chunk = round_up(ceil_div(size, chunks_of(size, groups)), width);
+  p.chunks = ceil_div(size, p.chunk);
+  const dim3 grid(groups * p.chunks), block(kBlock);
+  if (const char* error = launch(moments_kernel<T, width>, grid, block, 0, stream, p)) return error;
+  if (!a.out_pixel_major) return launch(map_kernel<T, width>, grid, block, 12 * p.group_size, stream, p);
+  const int64_t tiles = ceil_div(a.spatial, kSide) * ceil_div(a.channels, kSide);
+  return launch(transpose_kernel<T, width>, dim3(a.batch * tiles), block, 0, stream, p);
+}
+
+}  // namespace
+
+const char* group_norm_silu(const Args& args, float* workspace, Stream stream) {
+  if (args.batch * args.channels * args.spatial == 0) return nullptr;
+  Problem p{};
+  p.args = args, p.workspace = workspace;
+  p.group_size = static_cast<int>(args.channels / args.groups);
+  if (p.group_size > kMaxGroupChannels || p.group_size * args.spatial >= kMaxGroupElements)
+    return "group_norm_silu: a group has more than 1024 channels or 2^31 elements";
+  bool packs = packable(args.x) && packable(args.out) && packable(args.x_batch_stride, args.dtype);
+  if (args.x_pixel_major || args.out_pixel_major) packs = packs && packable(args.channels, args.dtype);
+  if (!args.x_pixel_major) packs = packs && packable(args.spatial, args.dtype);
+  // A pack's least common multiple with an unfortunate group is more than a block.
+  const int pack = args.dtype == DType::f32 ? 4 : 8;
+  if (args.x_pixel_major && std::lcm(p.group_size, pack) > kBlock * pack) packs = false;
+  return dispatch(args.dtype, packs, [&](auto tag, auto width) {
+    return args.x_pixel_major ? pixel_major<decltype(tag), width>(p, stream)
+                              : channel_major<decltype(tag), width>(p, stream);
+  });
+}
+
+}  // namespace fastdiff::cuda

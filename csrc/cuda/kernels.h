@@ -1,0 +1,56 @@
+// What csrc/cuda offers to csrc/ops: no CUDA header, no torch header. The arguments are those of the CPU kernels.
+//
+// Every function queues its kernels on `stream`, allocates nothing, does not wait, and returns a message or null.
+#pragma once
+
+#include "../cpu/adaln.h"
+#include "../cpu/attention.h"
+#include "../cpu/cfg_combine.h"
+#include "../cpu/geglu.h"
+#include "../cpu/gelu_tanh.h"
+#include "../cpu/group_norm_silu.h"
+#include "../cpu/scheduler_step.h"
+#include "../cpu/swiglu.h"
+
+#ifdef FASTDIFF_HAVE_CUDA
+#define FASTDIFF_CUDA_KERNEL(declaration) declaration;
+#else
+#define FASTDIFF_CUDA_KERNEL(declaration) \
+  inline declaration { return "fastdiff was built without CUDA"; }
+#endif
+
+struct CUstream_st;  // CUDA's
+
+namespace fastdiff::cuda {
+
+using Stream = ::CUstream_st*;
+
+// Scratch memory, in floats, that group_norm_silu and cfg_combine never need more of.
+constexpr int64_t kMaxChunks = 128;
+inline int64_t workspace_size(const cpu::GroupNormSiluArgs& args) { return 4 * kMaxChunks * args.batch * args.groups; }
+inline int64_t workspace_size(const cpu::CfgCombineArgs& args) {
+  return args.guidance_rescale > 0 ? 8 * kMaxChunks * args.samples : 0;
+}
+
+// The longest row of adaln: it is held in registers.
+constexpr int64_t kMaxColumns = 8192;
+// The largest group of group_norm_silu, in channels and in elements.
+constexpr int64_t kMaxGroupChannels = 1024;
+constexpr int64_t kMaxGroupElements = int64_t{1} << 31;
+
+FASTDIFF_CUDA_KERNEL(const char* adaln(const cpu::AdalnArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* attention_bf16(const cpu::AttentionArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* attention_fp16(const cpu::AttentionArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* cfg_combine(const cpu::CfgCombineArgs& args, float* workspace, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* geglu(const cpu::GegluArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* gelu_tanh(const cpu::GeluTanhArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* group_norm_silu(const cpu::GroupNormSiluArgs& args, float* workspace, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* scheduler_step(const cpu::SchedulerStepArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* swiglu(const cpu::SwigluArgs& args, Stream stream))
+
+inline const char* attention(const cpu::AttentionArgs& args, Stream stream) {
+  if (args.dtype == cpu::DType::f32) return "attention takes half precision";
+  return args.dtype == cpu::DType::bf16 ? attention_bf16(args, stream) : attention_fp16(args, stream);
+}
+
+}  // namespace fastdiff::cuda

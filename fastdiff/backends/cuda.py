@@ -1,0 +1,141 @@
+"""The CUDA backend: the C++ kernels of ``csrc/cuda``, and what each accepts.
+
+Every kernel takes float32, bfloat16 and float16, computes in fp32 and rounds once.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import _extension
+from fastdiff.backends import Kernel, Refuse, register, unavailable
+from fastdiff.backends._gpu import refusals
+from fastdiff.backends.cpu import run_overload
+
+#: The longest rows, largest groups of channels and head dimension, as in csrc/cuda/kernels.h and attention.cuh.
+MAX_COLUMNS, MAX_DEPTH, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 256, 1024, 2**31
+
+#: Where something else was measured to be faster: by op and compute capability, a function of the op's arguments that
+#: gives the reason or ``None``. What is not in here is served in the order of ``fastdiff.backends.BACKENDS``.
+MEASURED: dict[tuple[str, tuple[int, int]], Refuse] = {}
+
+
+def why_not() -> str | None:
+    """Why no CUDA kernel can run with this installation, or ``None``. GPUs are looked at when tensors come."""
+    if _extension.module is None:
+        return _extension.error
+    build = _extension.build_info().get("cuda", {})
+    if not build.get("built"):
+        return f"the extension was built without CUDA: {build.get('reason', 'it predates the CUDA kernels')}"
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} was built without CUDA and sees no GPU"
+    return None
+
+
+def architecture_reason(capability: tuple[int, int], architectures: list[str]) -> str | None:
+    """Why none of the architectures an extension was built for serves a GPU, or ``None``.
+
+    Machine code (``sm_*``) serves its own major capability, from its minor one on, and with the suffix "a" exactly
+    its own; PTX (``compute_*``) serves the same and every later one.
+    """
+    for name in architectures:
+        kind, major, minor, suffix = re.fullmatch(r"(sm|compute)_(\d+)(\d)(\D?)", name).groups()  # type: ignore[union-attr]
+        built = int(major), int(minor)
+        if capability == built or (
+            not suffix and capability >= built and (kind == "compute" or capability[0] == built[0])
+        ):
+            return None
+    built_for = ", ".join(architectures)
+    return f"the kernels were built for {built_for}, and this GPU is sm_{capability[0]}{capability[1]}"
+
+
+@functools.cache
+def device_reason(index: int) -> str | None:
+    """Why a GPU of this process cannot run the kernels, or ``None``."""
+    return architecture_reason(
+        torch.cuda.get_device_capability(index), _extension.build_info()["cuda"]["architectures"]
+    )
+
+
+def _row_too_long(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return f"a row has {x.shape[-1]} elements, more than {MAX_COLUMNS}" if x.shape[-1] > MAX_COLUMNS else None
+
+
+def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> str | None:
+    channels = x.shape[1] // num_groups
+    if channels > MAX_GROUP_CHANNELS:
+        return f"a group has {channels} channels, more than {MAX_GROUP_CHANNELS}"
+    if channels * x.shape[2:].numel() >= MAX_GROUP_ELEMENTS:
+        return "a group has 2^31 elements or more"
+    return None
+
+
+def _attention(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    if q.dtype == torch.float32:
+        return "q is float32, which the tensor cores would round"
+    if q.shape[3] > MAX_DEPTH:
+        return f"the head dimension is {q.shape[3]}, more than {MAX_DEPTH}"
+    mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
+    if mask is not None and (mask.shape[-1] != args[0].shape[1] or mask.stride(-1) != 1):
+        return "attn_mask is broadcast along the keys or not contiguous along them"
+    return None
+
+
+#: What these kernels refuse beyond what all GPU kernels do.
+_LIMITS: dict[str, Refuse] = {
+    "adaln_modulate": _row_too_long,
+    "attention": _attention,
+    "gate_residual": _row_too_long,
+    "gate_residual_adaln": _row_too_long,
+    "group_norm_silu": _group_too_large,
+}
+#: The ops that have a CUDA kernel.
+OPS = (
+    "adaln_modulate",
+    "attention",
+    "cfg_combine",
+    "gate_residual",
+    "gate_residual_adaln",
+    "geglu",
+    "gelu_tanh",
+    "group_norm_silu",
+    "scheduler_step",
+    "swiglu",
+)
+
+
+def refuse_table(device: str) -> dict[str, Refuse]:
+    """What the kernels refuse, by op, of tensors on ``device`` (the emulation of the kernels takes them on the CPU)."""
+    shared = refusals(device)
+
+    def refuse(op: str) -> Refuse:
+        general, limit = shared[op], _LIMITS.get(op)
+
+        def of_call(*args: Any, **kwargs: Any) -> str | None:
+            reason = general(*args, **kwargs) or (limit(*args, **kwargs) if limit else None)
+            if reason is not None or device != "cuda":
+                return reason
+            index = args[0].get_device()
+            measured = MEASURED.get((op, torch.cuda.get_device_capability(index))) if MEASURED else None
+            return device_reason(index) or (measured(*args, **kwargs) if measured else None)
+
+        return of_call
+
+    return {op: refuse(op) for op in OPS}
+
+
+def register_kernels() -> None:
+    """Register what the loaded extension can run on a GPU, or note why it cannot."""
+    reason = why_not()
+    if reason is not None:
+        unavailable["cuda"] = reason
+        return
+    for op, refuse in refuse_table("cuda").items():
+        # An extension from before an op was added runs the others.
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CUDA"):
+            register(Kernel(op, "cuda", run_overload(op), refuse))

@@ -1,0 +1,47 @@
+"""The CUDA kernels, emulated, through the tests of the ops: numerics, odd sizes, layouts, and any call at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from emulated import HERE
+
+from fastdiff.backends import cuda
+
+#: The test files of tests/ops that cover each op.
+FILES = {
+    "adaln_modulate": "adaln_modulate",
+    "attention": "attention",
+    "cfg_combine": "cfg_combine",
+    "gate_residual": "gate_residual",
+    "gate_residual_adaln": "gate_residual",
+    "geglu": "gelu",
+    "gelu_tanh": "gelu",
+    "group_norm_silu": "group_norm_silu",
+    "scheduler_step": "scheduler_step",
+    "swiglu": "swiglu",
+}
+
+
+@pytest.mark.parametrize("name", sorted(set(FILES.values())))
+def test_numbers(name: str) -> None:
+    """In a process of its own, where the ``cuda`` backend is the emulation; see plugin.py for which tests."""
+    path = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "build"), os.environ.get("PYTHONPATH", "")]
+    file = HERE.parent / "ops" / f"test_{name}.py"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "plugin", "-p", "no:cacheprovider", str(file)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "FASTDIFF_TEST_BACKEND": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    summary = done.stdout.splitlines()[-1]
+    assert " passed" in summary and "skipped" not in summary, done.stdout[-2000:]
+
+
+def test_every_op_is_tested() -> None:
+    assert set(FILES) == set(cuda.OPS)
