@@ -127,7 +127,8 @@ def _graphs(patched: bool, mode: str) -> list[int]:
 
     torch._dynamo.reset()
     counter = CompileCounter()
-    model = sd15_unet(down_block_types=("DownBlock2D", "CrossAttnDownBlock2D")) if mode == "blocks" else _OneBlockDiT().dit
+    cross = ("DownBlock2D", "CrossAttnDownBlock2D")
+    model = sd15_unet(down_block_types=cross) if mode == "blocks" else _OneBlockDiT().dit
     if patched:
         fastdiff.patch(model)
     counts = []
