@@ -1,13 +1,15 @@
 """A site: one place in a model or scheduler where stock code is replaced, and the way back.
 
-A replacement is ``functools.partial(function, owner)`` in the owner's ``__dict__``, with ``function`` importable
-from a module: so it survives deepcopy, pickle and ``torch.save``, and no class is ever touched. Hooks of
+A replacement is a bound method in the owner's ``__dict__``, of a function made from one that is importable from a
+module: so it survives deepcopy, pickle and ``torch.save``, and no class is ever touched. It has to be a method:
+torch.compile would compile anew for each instance of a block that holds any other callable. Hooks of
 accelerate and Diffusers that were installed first have captured the stock method; there the captured reference
 is rebound instead. Hooks installed later capture the replacement, and :meth:`Site.restore` finds it there.
 """
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -24,21 +26,47 @@ from fastdiff.ops._library import FusedOp
 SITE = "_fastdiff_site"
 
 
-class _Unbound:
-    """A replacement as a function that takes its owner first."""
+def _mark(name: str) -> str:
+    """Name, in the ``__dict__`` of an object, that says that its method ``name`` is replaced."""
+    return f"_fastdiff_{name}"
 
-    def __init__(self, bound: Callable[..., Any]) -> None:
-        self.bound = bound
 
-    def __call__(self, owner: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.bound(*args, **kwargs)
+@functools.cache
+def _method(function: Callable[..., Any], cls: Any, name: str) -> Callable[..., Any]:
+    """``function`` in place of the method ``name`` of ``cls``; where it is not installed, the method itself.
+
+    Code that wraps forwards may keep a replacement and call it long after it was taken out.
+    """
+    mark = _mark(name)
+
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if mark not in self.__dict__:
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return function(self, *args, **kwargs)
+
+    method.__name__ = name
+    method.__qualname__ = function.__qualname__
+    vars(method)["_fastdiff_made_from"] = vars(method)["func"] = function
+    vars(method)["__signature__"] = inspect.signature(getattr(cls, name))  # pipelines look at the arguments
+    return method
+
+
+def _bind(function: Callable[..., Any], owner: Any, name: str) -> MethodType:
+    cls: Any = type(owner)
+    return MethodType(_method(function, cls, name), owner)
+
+
+def _reduce(method: MethodType) -> Any:
+    """How methods are pickled: by name, as ever, and replacements by what they are made of."""
+    made_from = getattr(method.__func__, "_fastdiff_made_from", None)
+    return method.__reduce__() if made_from is None else (_bind, (made_from, method.__self__, method.__name__))
+
+
+copyreg.pickle(MethodType, _reduce)
 
 
 class Replacement:
     """One method of one object, replaced by ``function(owner, ...)``.
-
-    Code that wraps forwards may keep :attr:`new` and call it long after it was taken out. So a replacement that is
-    not installed is a ``partial`` of the stock function.
 
     Attributes:
         new: what takes the method's place.
@@ -48,17 +76,13 @@ class Replacement:
     def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
         self.owner = owner
         self.name = name
-        self.new: Any = functools.partial(function, owner)
-        vars(self.new)["__func__"] = _Unbound(self.new)  # as a method has; accelerate binds that anew
-        signature = _signature(getattr(type(owner), name))
-        if list(signature.parameters) != list(_signature(function).parameters)[1:]:
-            vars(self.new)["__signature__"] = signature  # pipelines look at it for the arguments a model takes
+        self.new: Any = _bind(function, owner, name)
         self.own = False
-        self._suspended: Any = None
 
     def install(self) -> str | None:
         """Install it, unless it is; returns why that is impossible, and then has changed nothing."""
         if self.installed():
+            vars(self.owner)[_mark(self.name)] = True
             return None
         self.own = self.name in vars(self.owner)
         captured: list[tuple[Any, str]] = [(self.owner, self.name)]
@@ -66,54 +90,38 @@ class Replacement:
             captured = [(o, n) for o, n in holders(self.owner, self.name) if self._is_stock(getattr(o, n))]
             if not captured:
                 return f"its {self.name} was already replaced by {name_of(vars(self.owner)[self.name])}"
+        vars(self.owner)[_mark(self.name)] = True
         for holder, name in captured:
             setattr(holder, name, self.new)
-        if self._suspended is not None:
-            self.new.__setstate__(self._suspended)
-            self._suspended = None
         return None
 
     def restore(self) -> None:
         """Put the stock method back wherever the replacement is held now."""
+        vars(self.owner).pop(_mark(self.name), None)
         stock = MethodType(getattr(type(self.owner), self.name), self.owner)
         for holder, name in list(holders(self.owner, self.name)):
-            if getattr(holder, name) is self.new:
+            if getattr(holder, name) == self.new:
                 if holder is self.owner and name == self.name and not self.own:
                     delattr(holder, name)
                 else:
                     setattr(holder, name, stock)
-        if self._suspended is None:
-            self._suspended = self.new.__reduce__()[2]
-            self.new.__setstate__((stock.__func__, (self.owner,), {}, vars(self.new)))
 
     def exchange(self, new: Callable[..., Any]) -> Callable[..., Any]:
         """Put ``new`` in the replacement's place, wherever that is; returns what was there."""
         old = self.new
         for holder, name in list(holders(self.owner, self.name)):
-            if getattr(holder, name) is old:
+            if getattr(holder, name) == old:
                 setattr(holder, name, new)
         self.new = new
         return old
 
     def installed(self) -> bool:
         """Whether the replacement is still in place, here or captured by a hook."""
-        return any(getattr(o, n) is self.new for o, n in holders(self.owner, self.name))
+        return any(getattr(o, n) == self.new for o, n in holders(self.owner, self.name))
 
     def _is_stock(self, value: Any) -> bool:
         stock = getattr(type(self.owner), self.name)
-        if isinstance(value, functools.partial):  # an earlier replacement, see restore
-            return value.func is stock and len(value.args) == 1 and value.args[0] is self.owner and not value.keywords
         return isinstance(value, MethodType) and value.__self__ is self.owner and value.__func__ is stock
-
-
-@functools.cache
-def _signature(function: Callable[..., Any]) -> inspect.Signature:
-    """The signature of a method without ``self``, or of a plain function."""
-    signature = inspect.signature(function)
-    parameters = list(signature.parameters.values())
-    if parameters and parameters[0].name == "self" and "." in function.__qualname__:
-        parameters = parameters[1:]
-    return signature.replace(parameters=parameters)
 
 
 def holders(owner: Any, name: str) -> Iterator[tuple[Any, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,8 @@ class Hazard:
     def run(self, model: nn.Module) -> Tensor:
         """The outputs of some forwards, with timesteps going down from 900."""
         generator, outputs = torch.Generator().manual_seed(0), []
-        context = model.cache_context("run") if isinstance(model, CacheMixin) else contextlib.nullcontext()
+        cached = isinstance(model, CacheMixin) and model.is_cache_enabled
+        context = model.cache_context("run") if cached else contextlib.nullcontext()
         with context:
             for i in range(self.calls):
                 model.__dict__["_timestep"] = 900 - 150 * i
@@ -161,9 +162,21 @@ def remove_all_hooks(model: nn.Module) -> None:
             registry.remove_hook(name, recurse=False)
 
 
+@contextlib.contextmanager
+def skip_without_accelerator() -> Iterator[None]:
+    """Older versions of Diffusers offload groups from accelerators only."""
+    try:
+        yield
+    except AttributeError:
+        if torch.accelerator.current_accelerator() is not None:
+            raise
+        pytest.skip("group offload of this Diffusers needs an accelerator")
+
+
 def _group(model: nn.Module, level: str) -> None:
     options = {"num_blocks_per_group": 1} if level == "block_level" else {}
-    apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type=level, **options)
+    with skip_without_accelerator():
+        apply_group_offloading(model, onload_device=CPU, offload_device=CPU, offload_type=level, **options)
 
 
 def _cast(model: nn.Module) -> None:

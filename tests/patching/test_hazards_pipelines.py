@@ -22,7 +22,7 @@ from diffusers import (
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
 )
-from hazards import CONVOLUTIONS, LINEARS
+from hazards import CONVOLUTIONS, LINEARS, skip_without_accelerator
 from models import sd15_unet, vae
 from torch import Tensor, nn
 from transformers import (
@@ -166,7 +166,8 @@ def _sequential(pipe: Any) -> None:
 
 def _group(pipe: Any) -> None:
     cpu = torch.device("cpu")
-    pipe.enable_group_offload(cpu, cpu, offload_type="leaf_level", exclude_modules=["image_encoder"])
+    with skip_without_accelerator():
+        pipe.enable_group_offload(cpu, cpu, offload_type="leaf_level", exclude_modules=["image_encoder"])
 
 
 IP = {"ip_adapter_image": _image()}

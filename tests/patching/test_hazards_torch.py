@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from models import CASES, Case, output, sd15_unet
+from models import CASES, Case, dit, output, sd15_unet
 from torch import Tensor, nn
 
 import fastdiff
@@ -118,3 +119,89 @@ def _compiled(model: nn.Module, backend: str) -> tuple[set[str], Any]:
         return lookup_backend(backend)(graph, example)
 
     return seen, torch.compile(model, fullgraph=True, backend=watching)
+
+
+def _graphs(patched: bool, mode: str) -> list[int]:
+    """How many graphs are compiled after each of four calls, blocks by themselves or the model as a whole."""
+    from torch._dynamo.testing import CompileCounter
+
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    cross = ("DownBlock2D", "CrossAttnDownBlock2D")
+    model = sd15_unet(down_block_types=cross) if mode == "blocks" else _OneBlockDiT().dit
+    if patched:
+        fastdiff.patch(model)
+    counts = []
+    if mode == "blocks":
+        blocks = [m for m in model.modules() if type(m).__name__ in model._repeated_blocks]
+        model.compile_repeated_blocks(backend=counter, fullgraph=True)
+        for width in (8, 16, 24, 32):
+            generator = torch.Generator().manual_seed(0)
+            inputs = {
+                "hidden_states": torch.randn(2, width, 48, generator=generator),
+                "encoder_hidden_states": torch.randn(2, 77, 32, generator=generator),
+            }
+            for block in blocks:
+                if block.norm1.normalized_shape == (48,):
+                    with torch.no_grad():
+                        block(**inputs)
+            counts.append(counter.frame_count)
+        return counts
+    model.compile(backend=counter, fullgraph=True)
+    for batch in (2, 3, 4, 5):
+        inputs = {k: torch.cat([v] * 3)[:batch] for k, v in _inputs(CASES[-1]).items()}
+        output(model, inputs)
+        counts.append(counter.frame_count)
+    return counts
+
+
+@pytest.mark.parametrize("mode", ["blocks", "whole"])
+def test_compiles_as_seldom_as_stock(mode: str) -> None:
+    """Equal blocks share a graph, and new sizes compile no more than without fastdiff."""
+    stock, patched = _graphs(False, mode), _graphs(True, mode)
+    assert patched == stock
+    assert patched[-1] == patched[-2] < 6
+
+
+def test_reduce_overhead() -> None:
+    """CUDA graphs where there is CUDA; elsewhere it has to work all the same."""
+    model, inputs = _OneBlockDiT(), _inputs(CASES[-1])
+    fastdiff.patch(model.dit)
+    expected = output(model, inputs)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
+    for _ in range(2):
+        _close(output(compiled, inputs), expected)
+
+
+def test_gradient_checkpointing() -> None:
+    """The gradients of eager, with the blocks run twice."""
+    grads = []
+    for patched in (False, True):
+        model = sd15_unet().requires_grad_(True).train()
+        model.enable_gradient_checkpointing()
+        if patched:
+            fastdiff.patch(model)
+        model(**_inputs()).sample.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for ours, eager in zip(grads[1], grads[0], strict=True):
+        assert (ours - eager).norm() <= 1e-4 * eager.norm() + 1e-7
+
+
+def test_threads() -> None:
+    """Several threads in one patched model, another in a second one, and one that asks for reports."""
+    model, other = fastdiff.patch(sd15_unet()), fastdiff.patch(dit())
+    calls = [CASES[0].inputs(torch.Generator().manual_seed(i), torch.float32) for i in range(3)]
+    expected = [output(model, inputs) for inputs in calls]
+    others = output(other, _inputs(CASES[-1]))
+
+    def run(i: int) -> bool:
+        if i == 3:
+            return all(torch.equal(output(other, _inputs(CASES[-1])), others) for _ in range(8))
+        if i == 4:
+            return all(len(fastdiff.report(model).rows) > 20 for _ in range(30))
+        return all(torch.equal(output(model, calls[i]), expected[i]) for _ in range(8))
+
+    with ThreadPoolExecutor(5) as pool:
+        assert all(pool.map(run, range(5)))
+    assert fastdiff.report(model).coverage == fastdiff.report(other).coverage == 1.0

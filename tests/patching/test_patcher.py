@@ -309,6 +309,27 @@ def test_save_pretrained_is_stock(tmp_path: Any) -> None:
     assert torch.equal(output(loaded, _inputs()), output(model, _inputs()))
 
 
+def test_a_saved_pipeline_loads_without_fastdiff(tmp_path: Any) -> None:
+    """Also in a process that never imports it: the folder says nothing of it, and the output is the stock one."""
+    pipe = fastdiff.patch(ddpm_pipeline())
+    output(pipe.unet, _inputs(2))
+    pipe.save_pretrained(tmp_path)
+    torch.save(_inputs(2), tmp_path / "inputs.pt")
+    assert not any(b"fastdiff" in file.read_bytes() for file in tmp_path.rglob("*.json"))
+    code = f"""
+import sys, torch
+from diffusers import DDPMPipeline
+pipe, inputs = DDPMPipeline.from_pretrained({str(tmp_path)!r}), torch.load({str(tmp_path / "inputs.pt")!r})
+with torch.no_grad():
+    torch.save(pipe.unet(**inputs).sample, {str(tmp_path / "output.pt")!r})
+assert not any(name.startswith("fastdiff") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    fastdiff.unpatch(pipe)
+    torch.testing.assert_close(torch.load(tmp_path / "output.pt"), output(pipe.unet, _inputs(2)))
+
+
 def test_memory_is_freed() -> None:
     """After del, a collection frees a patched pipeline; after unpatch no cycle is left and none is needed."""
     pipe = fastdiff.patch(sd_pipeline())
