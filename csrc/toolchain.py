@@ -234,6 +234,11 @@ def cuda_architectures(wanted: str, visible: list[str], known: set[str]) -> tupl
     return codes, generic[-1] if generic else ""
 
 
+def known_architectures(nvcc: str) -> set[str]:
+    """What nvcc can produce, as in ``{"80", "90", "90a"}``."""
+    return set(re.findall(r"\bsm_(\d+[a-f]?)\b", run([nvcc, "--help"]).stdout))
+
+
 def find_cuda(torch: Torch) -> Cuda:
     """The CUDA compiler and what it shall produce.
 
@@ -248,8 +253,7 @@ def find_cuda(torch: Torch) -> Cuda:
     nvcc = find_nvcc()
     if not any(CSRC.glob("cuda/*.cu")):
         raise Skip("this version of fastdiff has no CUDA kernels")
-    known = set(re.findall(r"\bsm_(\d+[a-f]?)\b", run([nvcc, "--help"]).stdout))
-    codes, ptx = cuda_architectures(wanted, visible_gpus(), known)
+    codes, ptx = cuda_architectures(wanted, visible_gpus(), known_architectures(nvcc))
     version = re.search(r"release ([\d.]+)", run([nvcc, "--version"]).stdout)
     dryrun = run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]).stdout
     return Cuda(nvcc, version[1] if version else "", codes, ptx, re.findall(r'"(-L[^"]+)"', dryrun))

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from fastdiff import __version__, _extension
-from fastdiff.backends import BACKENDS, kernels_of
+from fastdiff.backends import BACKENDS, cuda, kernels_of
 from fastdiff.ops._library import OPS
 
 DISTRIBUTION = "fastdiff-kernels"
@@ -124,16 +124,20 @@ def _backend(name: str) -> Backend:
     if name == "eager":
         return Backend(name, True, "every op, on every device")
     if importlib.util.find_spec(f"fastdiff.backends.{name}") is None:
-        return Backend(
-            name, False, reason=f"this version of fastdiff has no {_TITLES.get(name, name)} kernels"
-        )
+        return Backend(name, False, reason=f"this version of fastdiff has no {_TITLES.get(name, name)} kernels")
     missing = {"cpu": _no_cpu, "cuda": _no_cuda, "triton": _no_triton}[name]()
     if missing is not None:
         reason, command = missing
         return Backend(name, False, reason=reason, command=command)
     served = [op for op in OPS if any(kernel.backend == name for kernel in kernels_of(op))]
-    isa = f", with {_extension.cpu_isa()}" if name == "cpu" else ""
-    return Backend(name, True, f"{len(served)} of {len(OPS)} ops{isa}")
+    detail = {"cpu": f", with {_extension.cpu_isa()}", "cuda": f", for {', '.join(_cuda_architectures())}"}.get(
+        name, ""
+    )
+    return Backend(name, True, f"{len(served)} of {len(OPS)} ops{detail}")
+
+
+def _cuda_architectures() -> list[str]:
+    return _extension.build_info().get("cuda", {}).get("architectures", [])
 
 
 def _no_extension() -> tuple[str, str]:
@@ -155,8 +159,13 @@ def _no_cuda() -> tuple[str, str] | None:
     if not build.get("built"):
         steps = [build.get("fix", ""), install_command()]
         return build.get("reason", "the extension was built without CUDA"), " && ".join(filter(None, steps))
+    if reason := cuda.why_not():
+        return reason, ""
     if not torch.cuda.is_available():
         return "torch sees no CUDA GPU", ""
+    reasons = [cuda.device_reason(index) for index in range(torch.cuda.device_count())]
+    if all(reasons):
+        return str(reasons[0]), install_command()
     return None
 
 

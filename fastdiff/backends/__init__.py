@@ -7,6 +7,7 @@ takes the call. The first kernel in the order of :data:`BACKENDS` that takes a c
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -70,6 +71,17 @@ _kernels: dict[str, list[Kernel]] = {}
 unavailable: dict[str, str] = {}
 
 
+def _from_environment() -> str | None:
+    """What ``FASTDIFF_BACKEND`` demands of the whole process, as :func:`use_backend` does of a block."""
+    backend = os.environ.get("FASTDIFF_BACKEND") or None
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"FASTDIFF_BACKEND is {backend!r}; expected one of {', '.join(BACKENDS)}")
+    return backend
+
+
+_demanded = _from_environment()
+
+
 def register(kernel: Kernel) -> None:
     """Add a kernel; among an op's kernels the order of :data:`BACKENDS` decides, not of registration."""
     kernels = _kernels.setdefault(kernel.op, [])
@@ -83,8 +95,8 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 
 
 def overridden() -> tuple[str | None, bool]:
-    """The backend demanded by :func:`use_backend` in this thread, and whether strictly."""
-    return getattr(_override, "backend", None), getattr(_override, "strict", False)
+    """The backend demanded by :func:`use_backend` in this thread, or by ``FASTDIFF_BACKEND``, and whether strictly."""
+    return getattr(_override, "backend", _demanded), getattr(_override, "strict", False)
 
 
 @contextlib.contextmanager
@@ -135,7 +147,7 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         if strict:
             raise BackendError(f"backend {wanted!r} does not take this call of {op}: {reasons}")
     else:
-        reasons = "use_backend('eager') is in effect"
+        reasons = "FASTDIFF_BACKEND is 'eager'" if _demanded == "eager" else "use_backend('eager') is in effect"
     return Choice("eager", eager, reasons)
 
 

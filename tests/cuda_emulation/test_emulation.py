@@ -58,7 +58,6 @@ def test_correct_kernels(library: ctypes.CDLL, name: str, seed: int) -> None:
 )
 def test_errors(library: ctypes.CDLL, name: str, message: str) -> None:
 
-
     for seed in SEEDS:
         assert re.search(message, error := run(library, name, seed)[2]), error
     assert run(library, "copy", 0)[2] == ""  # an error leaves nothing behind

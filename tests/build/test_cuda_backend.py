@@ -1,0 +1,73 @@
+"""Which GPUs an extension serves, what demands a backend for a whole process, and what info says about CUDA."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from source_tree import clean_environment, python
+
+import fastdiff
+from fastdiff import _extension
+from fastdiff.backends import cuda
+
+PACKAGE_IN = Path(fastdiff.__file__).parents[1]
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "served"),
+    [
+        ((8, 0), ["sm_80"], True),
+        ((8, 6), ["sm_80"], True),  # a later minor runs the code of an earlier one
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 1), ["sm_90a", "sm_120"], True),
+        ((10, 0), ["sm_90a", "compute_90"], True),
+        ((10, 3), ["sm_100"], True),
+        ((8, 0), ["sm_90a", "compute_90"], False),
+        ((10, 0), ["sm_90a", "compute_90a"], False),  # not even PTX of an "a" one serves another
+        ((7, 5), ["sm_80", "sm_120", "compute_120"], False),
+    ],
+)
+def test_architectures(capability: tuple[int, int], architectures: list[str], served: bool) -> None:
+    reason = cuda.architecture_reason(capability, architectures)
+    assert (reason is None) == served
+    assert served or f"this GPU is sm_{capability[0]}{capability[1]}" in str(reason)
+
+
+@pytest.mark.skipif(_extension.module is None, reason=_extension.error)
+def test_reason_without_cuda() -> None:
+    backend = next(b for b in fastdiff.info().backends if b.name == "cuda")
+    if backend.available:
+        assert cuda.why_not() is None
+        assert "sm_" in backend.detail
+    else:
+        assert backend.reason
+        built = _extension.build_info()["cuda"]["built"]
+        assert built or "pip install" in backend.command
+
+
+def test_backend_of_the_environment() -> None:
+    code = (
+        "import torch, fastdiff; c = fastdiff.ops.gelu_tanh.choose(torch.ones(4)); print(c.backend, c.reason, sep='|')"
+    )
+    assert python(code, PACKAGE_IN, FASTDIFF_BACKEND="eager").strip() == "eager|FASTDIFF_BACKEND is 'eager'"
+    demanded = python(f"{code}\nwith fastdiff.use_backend('eager'): pass\n{code}", PACKAGE_IN, FASTDIFF_BACKEND="cuda")
+    first, second = demanded.split("\n")[:2]
+    assert first == second
+    assert first.startswith("eager|cuda: ")
+
+
+def test_unknown_backend_of_the_environment() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import fastdiff"],
+        env=clean_environment(PYTHONPATH=str(PACKAGE_IN), FASTDIFF_BACKEND="cudo"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "FASTDIFF_BACKEND is 'cudo'; expected one of cuda, triton, cpu, eager" in done.stderr
