@@ -90,8 +90,9 @@ class Build:
         if isinstance(self.cuda, Cuda):
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 output = self.folder / f"cuda_{source.stem}.o"
-                command = [self.cuda.nvcc, "-O3", "-std=c++20", *self.cuda.gencode, *self.defines, "-Xfatbin=-compress-all"]
-                command += ["-lineinfo", "-ccbin", self.cxx[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
+                command = [self.cuda.nvcc, "-O3", "-std=c++20", *self.cuda.gencode, *self.defines]
+                command += ["-Xfatbin=-compress-all", "-lineinfo"]
+                command += ["-ccbin", self.cxx[0], "-Xcompiler=-fPIC,-fvisibility=hidden"]
                 command += ["-MD", "-MF", f"{output}.d", "-c", str(source), "-o", str(output)]
                 yield Step(output, [source], command)
 

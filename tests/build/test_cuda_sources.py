@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from source_tree import ROOT, load_build, needs_sources  # noqa: E402
+from source_tree import ROOT, load_build, needs_sources
 
 RECORD = Path(__file__).with_name("cuda_budgets.json")
 SOURCES = sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
