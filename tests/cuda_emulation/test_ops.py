@@ -24,36 +24,23 @@ FILES = {
     "scheduler_step": "scheduler_step",
     "swiglu": "swiglu",
 }
-#: The tests of any call, and of sizes and layouts, that are not marked as numerics.
-SHAPES = (
-    "any_ or shapes or row_lengths or ranks or strided or memory_format or constant_group or tokens_are or fully_masked "
-    "or lowest_float"
-)
-#: Attention takes half precision only, and many keys take long: one type of it must do.
-NUMERICS = {"attention": "not float32 and not (float16 and (700 or 1000 or 2500))"}
 
 
-def pytest_of(*arguments: str, **environment: str) -> str:
-    """What pytest says in a process of its own, where the ``cuda`` backend is the emulation."""
-    tests = HERE.parent
-    path = [str(HERE.parents[1]), str(HERE), str(tests / "build"), os.environ.get("PYTHONPATH", "")]
+@pytest.mark.parametrize("name", sorted(set(FILES.values())))
+def test_numbers(name: str) -> None:
+    """In a process of its own, where the ``cuda`` backend is the emulation; see plugin.py for which tests."""
+    path = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "build"), os.environ.get("PYTHONPATH", "")]
+    file = HERE.parent / "ops" / f"test_{name}.py"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "plugin", "-p", "no:cacheprovider", *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "FASTDIFF_TEST_BACKEND": "cuda", **environment},
+        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "plugin", "-p", "no:cacheprovider", str(file)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "FASTDIFF_TEST_BACKEND": "cuda"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "skipped" not in done.stdout.splitlines()[-1], done.stdout[-2000:]
-    return done.stdout
-
-
-@pytest.mark.parametrize("name", sorted(set(FILES.values())))
-def test_numbers(name: str) -> None:
-    file = str(HERE.parent / "ops" / f"test_{name}.py")
-    assert " passed" in pytest_of("-m", "numerics", "-k", NUMERICS.get(name, "test"), file)
-    assert " passed" in pytest_of("-m", "not numerics", "-k", f"({SHAPES}) and ({NUMERICS.get(name, 'test')})", file)
+    summary = done.stdout.splitlines()[-1]
+    assert " passed" in summary and "skipped" not in summary, done.stdout[-2000:]
 
 
 def test_every_op_is_tested() -> None:
