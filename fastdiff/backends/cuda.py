@@ -33,7 +33,7 @@ def why_not() -> str | None:
     if not build.get("built"):
         return f"the extension was built without CUDA: {build.get('reason', 'it predates the CUDA kernels')}"
     if not torch.version.cuda:
-        return f"torch {torch.__version__} has no CUDA"
+        return f"torch {torch.__version__} was built without CUDA and sees no GPU"
     return None
 
 
