@@ -87,7 +87,7 @@ def _store(out, row, queries, stride, column, depth, value):
 
 @_math.device
 def _accumulate(
-    q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, mask, row, key, m_q, m_k, queries, keys, scale, unit,
+    q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, share, mask, row, key, m_q, m_k, queries, keys, scale, unit,
     D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
 ):
     """One block of keys: the running maximum, sum and weighted sum of values."""
@@ -100,15 +100,17 @@ def _accumulate(
     decay = tl.exp2((top - safe) * unit)
     total = total * decay + tl.sum(p, axis=1)
     p = p.to(v0.dtype)
+    # Of the weights as rounded, so that the result is a mean of the values.
+    share = share * decay + tl.sum(p.to(tl.float32), axis=1)
     acc0 = _dot(p, v0, acc0 * decay[:, None])
     if D1:
         acc1 = _dot(p, v1, acc1 * decay[:, None])
-    return acc0, acc1, new, total
+    return acc0, acc1, new, total, share
 
 
 @_math.device
 def _step(
-    q0, q1, acc0, acc1, top, total, k, v, mask, row, first, k_s, v_s, m_q, m_k, queries, keys, scale, unit,
+    q0, q1, acc0, acc1, top, total, share, k, v, mask, row, first, k_s, v_s, m_q, m_k, queries, keys, scale, unit,
     WIDEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
 ):
@@ -123,7 +125,7 @@ def _step(
         k1 = _load(k, key, k_s, column1, keys, D, WIDEN, EVERY_KEY)
         v1 = _load(v, key, v_s, column1, keys, D, WIDEN, EVERY_KEY)
     return _accumulate(
-        q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, mask, row, key, m_q, m_k, queries, keys, scale, unit,
+        q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, share, mask, row, key, m_q, m_k, queries, keys, scale, unit,
         D1, MASK, CAUSAL, EVERY_KEY,
     )
 
@@ -157,6 +159,7 @@ def _flash(
     acc1 = tl.zeros([M, D1 if D1 else 16], tl.float32)
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
+    share = tl.zeros([M], tl.float32)
     # The logits' unit in powers of two; the scale is in them already where a mask was added.
     unit = _LOG2E if MASK == 2 else scale * _LOG2E
     end = keys
@@ -165,19 +168,19 @@ def _flash(
         end = tl.minimum(keys, tile * M + M)
         every = tl.minimum(every, tile * M // N * N)
     for first in range(0, every, N):
-        acc0, acc1, top, total = _step(
-            q0, q1, acc0, acc1, top, total, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k, queries, keys,
-            scale, unit, WIDEN, N, D, D0, D1, MASK, False, True,
+        acc0, acc1, top, total, share = _step(
+            q0, q1, acc0, acc1, top, total, share, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k,
+            queries, keys, scale, unit, WIDEN, N, D, D0, D1, MASK, False, True,
         )
     for first in range(every, end, N):
-        acc0, acc1, top, total = _step(
-            q0, q1, acc0, acc1, top, total, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k, queries, keys,
-            scale, unit, WIDEN, N, D, D0, D1, MASK, CAUSAL, False,
+        acc0, acc1, top, total, share = _step(
+            q0, q1, acc0, acc1, top, total, share, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k,
+            queries, keys, scale, unit, WIDEN, N, D, D0, D1, MASK, CAUSAL, False,
         )
     out += (b * queries * heads + h) * D
-    _store(out, row, queries, heads * D, column0, D, _finish(acc0, total))
+    _store(out, row, queries, heads * D, column0, D, _finish(acc0, share))
     if D1:
-        _store(out, row, queries, heads * D, column1, D, _finish(acc1, total))
+        _store(out, row, queries, heads * D, column1, D, _finish(acc1, share))
     if lse is not None:
         at = (b * queries + row) * heads + h
         tl.store(lse + at, top * (unit * _LN2) + tl.log(total), row < queries)
@@ -231,18 +234,19 @@ def _few_keys(
         acc1 = tl.zeros([M, D1 if D1 else 16], tl.float32)
         top = tl.full([M], float("-inf"), tl.float32)
         total = tl.zeros([M], tl.float32)
-        acc0, acc1, top, total = _accumulate(
-            q0, q1, k00, k01, v00, v01, acc0, acc1, top, total, mask, row, key0, m_q, m_k, queries, keys, scale, unit,
-            D1, MASK, CAUSAL, False,
+        share = tl.zeros([M], tl.float32)
+        acc0, acc1, top, total, share = _accumulate(
+            q0, q1, k00, k01, v00, v01, acc0, acc1, top, total, share, mask, row, key0, m_q, m_k, queries, keys,
+            scale, unit, D1, MASK, CAUSAL, False,
         )
         if N1:
-            acc0, acc1, top, total = _accumulate(
-                q0, q1, k10, k11, v10, v11, acc0, acc1, top, total, mask, row, key1, m_q, m_k, queries, keys, scale,
-                unit, D1, MASK, CAUSAL, False,
+            acc0, acc1, top, total, share = _accumulate(
+                q0, q1, k10, k11, v10, v11, acc0, acc1, top, total, share, mask, row, key1, m_q, m_k, queries, keys,
+                scale, unit, D1, MASK, CAUSAL, False,
             )
-        _store(out, row, queries, heads * D, column0, D, _finish(acc0, total))
+        _store(out, row, queries, heads * D, column0, D, _finish(acc0, share))
         if D1:
-            _store(out, row, queries, heads * D, column1, D, _finish(acc1, total))
+            _store(out, row, queries, heads * D, column1, D, _finish(acc1, share))
         if lse is not None:
             at = (b * queries + row) * heads + h
             tl.store(lse + at, top * (unit * _LN2) + tl.log(total), row < queries)

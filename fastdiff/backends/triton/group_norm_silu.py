@@ -44,8 +44,17 @@ def _pointers(base, pixel, channel, pixels, channels, LAST: tl.constexpr):
 
 
 @_math.device
+def _pivot(x, group, per_group, pixels, inside, LAST: tl.constexpr):
+    """A value of each channel's group, which half-precision values are taken relative to, exactly: fp32 does not hold
+    a large mean as finely as their rounding. Of fp32 values the difference would be rounded itself."""
+    first = (group * per_group).to(tl.int64)
+    half = x.dtype.element_ty.primitive_bitwidth == 16
+    return tl.load(x + (first if LAST else first * pixels), inside & half, other=0.0).to(tl.float32)
+
+
+@_math.device
 def _moments(
-    x, temb, begin, end, pixels, channels, channel, inside, group, per_group,
+    x, temb, pivot, begin, end, pixels, channels, channel, inside, group, per_group,
     LAST: tl.constexpr, PIXELS: tl.constexpr, WIDTH: tl.constexpr, ONE_GROUP: tl.constexpr,
 ):
     """Mean and M2 of each channel's group over the pixels from ``begin`` to ``end``."""
@@ -56,6 +65,7 @@ def _moments(
         pixel = start + tl.arange(0, PIXELS)
         valid = (pixel < end)[:, None] & inside[None, :]
         value = tl.load(_pointers(x, pixel, channel, pixels, channels, LAST), valid, other=0.0).to(tl.float32)
+        value -= pivot[None, :]
         if temb is not None:
             value += temb[None, :]
         count += tl.where(pixel < end, 1.0, 0.0)[:, None]
@@ -104,10 +114,11 @@ def _partial(
     shift = temb
     if temb is not None:
         shift = _vector(temb + sample * temb_b, temb_c, channel, inside)
+    pivot = _pivot(x + sample * batch_stride * VEC, group, per_group, pixels, inside, LAST)
     begin = split * turns * PIXELS
     end = tl.minimum(begin + turns * PIXELS, pixels)
     mean, m2 = _moments(
-        x + sample * batch_stride * VEC, shift, begin, end, pixels, channels, channel, inside, group, per_group,
+        x + sample * batch_stride * VEC, shift, pivot, begin, end, pixels, channels, channel, inside, group, per_group,
         LAST, PIXELS, WIDTH, ONE_GROUP,
     )
     groups = channels // per_group
@@ -149,9 +160,10 @@ def _apply(
     added = temb
     if temb is not None:
         added = _vector(temb + sample * temb_b, temb_c, channel, inside)
+    pivot = _pivot(x, group, per_group, pixels, inside, LAST)
     if partials is None:
         mean, m2 = _moments(
-            x, added, 0, pixels, pixels, channels, channel, inside, group, per_group,
+            x, added, pivot, 0, pixels, pixels, channels, channel, inside, group, per_group,
             LAST, PIXELS, WIDTH, ONE_GROUP,
         )
     else:
@@ -192,6 +204,7 @@ def _apply(
         pixel = start + tl.arange(0, PIXELS)
         valid = (pixel < end)[:, None] & inside[None, :]
         value = tl.load(_pointers(x, pixel, channel, pixels, channels, LAST), valid, other=0.0).to(tl.float32)
+        value -= pivot[None, :]
         if temb is not None:
             value += added[None, :]
         value = (value - mean[None, :]) * factor[None, :] + term[None, :]
