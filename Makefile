@@ -43,7 +43,7 @@ diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=
 	  -p autopatch -p no:cacheprovider -W ignore -q $(DIFFUSERS_TESTS)
 
 test-triton: $(VENV)/.installed ## the same numbers asked of the Triton kernels, in Triton's interpreter
-	TRITON_INTERPRET=1 FASTDIFF_TEST_BACKEND=triton $(PYTEST) -m "numerics or interpreted" tests/ops tests/triton $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 FASTDIFF_TEST_BACKEND=triton $(PYTEST) -m "numerics or interpreted" tests/ops tests/triton_kernels $(PYTEST_ARGS)
 
 test-triton-all: $(VENV)/.installed ## compile every Triton kernel in every configuration; takes long
 	FASTDIFF_TEST_ALL=1 $(PYTEST) tests/build/test_triton_kernels.py $(PYTEST_ARGS)
