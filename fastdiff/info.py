@@ -135,7 +135,9 @@ def _backend(name: str) -> Backend:
     elif name == "cuda":
         detail = f", for {', '.join(_cuda_architectures())}"
     else:
-        detail = ", in the interpreter" if name == "triton" and triton.INTERPRETED else ""
+        detail = ", in the interpreter" if triton.INTERPRETED else ""
+    if any(kernel.on_request for op in served for kernel in kernels_of(op) if kernel.backend == name):
+        detail += "; not proven on a GPU yet, so only on request"
     return Backend(name, True, f"{len(served)} of {len(OPS)} ops{detail}")
 
 

@@ -8,25 +8,11 @@
 #include <cmath>
 #include <new>
 
+#include "loops.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
-
-constexpr int kUnroll = 4;  // independent sums, to hide the latency of an addition
-
-// body(i, k, lanes): elements i..., with the k-th of kUnroll accumulators.
-template <class Body>
-inline void for_each_vec(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + kUnroll * Vec::size <= n; i += kUnroll * Vec::size)
-    for (int k = 0; k < kUnroll; ++k) body(i + k * Vec::size, k, All{});
-  for (; i + Vec::size <= n; i += Vec::size) body(i, 0, All{});
-  if (i < n) body(i, 0, n - i);
-}
-
-inline float total(const Vec (&sum)[kUnroll]) { return reduce_add((sum[0] + sum[1]) + (sum[2] + sum[3])); }
 
 struct Scratch {
   explicit Scratch(int64_t columns)

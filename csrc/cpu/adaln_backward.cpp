@@ -13,29 +13,18 @@
 #include <memory>
 #include <vector>
 
+#include "loops.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
 
-constexpr int kUnroll = 4;          // independent sums, to hide the latency of an addition
 constexpr int64_t kRows = 16;       // rows whose sums stay in fp32
 constexpr int64_t kSerial = 16384;  // values that one thread finishes before others have woken up
 
-// body(i, k, lanes): elements i..., with the k-th of kUnroll accumulators.
-template <class Body>
-inline void for_each_vec(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + kUnroll * Vec::size <= n; i += kUnroll * Vec::size)
-    for (int k = 0; k < kUnroll; ++k) body(i + k * Vec::size, k, All{});
-  for (; i + Vec::size <= n; i += Vec::size) body(i, 0, All{});
-  if (i < n) body(i, 0, n - i);
-}
-
 struct Total {
   Vec part[kUnroll] = {Vec(0.0f), Vec(0.0f), Vec(0.0f), Vec(0.0f)};
-  float value() const { return reduce_add((part[0] + part[1]) + (part[2] + part[3])); }
+  float value() const { return total(part); }
 };
 
 // Sums over rows, per column: fp32 for some rows, then double.

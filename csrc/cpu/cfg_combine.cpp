@@ -7,8 +7,8 @@
 #include <cmath>
 #include <vector>
 
+#include "loops.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
@@ -17,10 +17,8 @@ constexpr int64_t kChunk = 2048;
 
 // body(i, lanes) for the elements begin to end
 template <class Body>
-inline void for_each_vec(int64_t begin, int64_t end, const Body& body) {
-  int64_t i = begin;
-  for (; i + Vec::size <= end; i += Vec::size) body(i, All{});
-  if (i < end) body(i, end - i);
+inline void for_each_between(int64_t begin, int64_t end, const Body& body) {
+  for_each_vec(end - begin, [&](int64_t i, auto lanes) { body(begin + i, lanes); });
 }
 
 // Count, mean and sum of squared distances from it; combined as by Chan, Golub and LeVeque (1983).
@@ -40,9 +38,9 @@ template <class Value>
 Moments moments(int64_t begin, int64_t end, const Value& value) {
   const double count = static_cast<double>(end - begin);
   Vec sum(0.0f), rest(0.0f), squares(0.0f);
-  for_each_vec(begin, end, [&](int64_t i, auto lanes) { sum = sum + keep_first(value(i, lanes), lanes); });
+  for_each_between(begin, end, [&](int64_t i, auto lanes) { sum = sum + keep_first(value(i, lanes), lanes); });
   const float mean = static_cast<float>(reduce_add(sum) / count);
-  for_each_vec(begin, end, [&](int64_t i, auto lanes) {
+  for_each_between(begin, end, [&](int64_t i, auto lanes) {
     const Vec centred = keep_first(value(i, lanes) - Vec(mean), lanes);
     rest = rest + centred;
     squares = fma(centred, centred, squares);
@@ -73,7 +71,7 @@ void combine(const CfgCombineArgs& args) {
   };
   if (!(args.guidance_rescale > 0)) {
     return for_each_chunk([&](int64_t, int64_t begin, int64_t end) {
-      for_each_vec(begin, end, [&](int64_t i, auto lanes) { store(out + i, guided(i, lanes), lanes); });
+      for_each_between(begin, end, [&](int64_t i, auto lanes) { store(out + i, guided(i, lanes), lanes); });
     });
   }
   std::vector<Moments> of_cond(args.samples * chunks), of_guided(args.samples * chunks);
@@ -91,7 +89,7 @@ void combine(const CfgCombineArgs& args) {
   }
   for_each_chunk([&](int64_t chunk, int64_t begin, int64_t end) {
     const Vec by(factor[chunk / chunks]);
-    for_each_vec(begin, end, [&](int64_t i, auto lanes) { store(out + i, guided(i, lanes) * by, lanes); });
+    for_each_between(begin, end, [&](int64_t i, auto lanes) { store(out + i, guided(i, lanes) * by, lanes); });
   });
 }
 

@@ -8,8 +8,8 @@
 #include <cmath>
 #include <vector>
 
+#include "loops.h"
 #include "parallel.h"
-#include "simd.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
@@ -20,13 +20,6 @@ inline Vec swap_pairs(Vec a) {
 #else
   return _mm256_permute_ps(a.v, 0xB1);
 #endif
-}
-
-template <class Body>
-inline void for_each_vec(int64_t n, const Body& body) {
-  int64_t i = 0;
-  for (; i + Vec::size <= n; i += Vec::size) body(i, All{});
-  if (i < n) body(i, n - i);
 }
 
 // The norms' parameters of one stream in fp32.

@@ -43,6 +43,7 @@ class Kernel:
 
     Attributes:
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
+        on_request: serve only where the backend is asked for by name; see :data:`UNPROVEN`.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Kernel:
     run: Callable[..., Any]
     refuse: Refuse
     differentiable: Refuse | None = None
+    on_request: bool = False
     choice: Choice = field(init=False)
     choice_with_gradient: Choice | None = field(init=False, default=None)
 
@@ -133,6 +135,8 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 if wanted is not None and kernel.backend != wanted:
                     continue
                 reason = kernel.refuse(*args, **kwargs)
+                if reason is None and kernel.on_request and wanted is None:
+                    reason = UNPROVEN
                 if reason is None:
                     return kernel.choice
                 if reason == GRADIENT and kernel.differentiable is not None:
@@ -159,6 +163,9 @@ def _why_not_differentiable(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[
     with torch.no_grad():
         return kernel.refuse(*args, **kwargs) or kernel.differentiable(*args, **kwargs)
 
+
+#: Why kernels that no GPU has run yet, only an emulation, are not chosen by themselves.
+UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND"
 
 #: The refusal of :func:`tensor_reason` that a kernel with a backward of its own takes back.
 GRADIENT = "a gradient is needed"

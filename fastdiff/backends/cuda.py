@@ -138,4 +138,4 @@ def register_kernels() -> None:
     for op, refuse in refuse_table("cuda").items():
         # An extension from before an op was added runs the others.
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CUDA"):
-            register(Kernel(op, "cuda", run_overload(op), refuse))
+            register(Kernel(op, "cuda", run_overload(op), refuse, on_request=True))

@@ -99,6 +99,7 @@ def test_shapes(op: FusedOp[..., Any], shape: tuple[int, ...]) -> None:
 @given(rows=st.integers(0, 40), half=st.integers(1, 300), dtype=st.sampled_from(DTYPES), spread=st.floats(0.1, 4))
 def test_any_shape(rows: int, half: int, dtype: torch.dtype, spread: float) -> None:
     x = (torch.randn(rows, 2 * half) * spread).to(dtype)
+    x[:, half - 1] = x[:, -1] = 1  # the error is judged against the largest output, which must not be tiny
     assert_close_to_exact(geglu, x)
     assert_close_to_exact(gelu_tanh, x)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastdiff
-from fastdiff import ops
+from fastdiff import backends, ops
 from fastdiff.ops._library import OPS
 
 
@@ -104,3 +104,13 @@ def test_compiled_graph_follows_use_backend() -> None:
         with fastdiff.use_backend("eager"):
             compiled(x)
     assert ["fastdiff.gelu_tanh" in code for code in graphs] == [True, False]
+
+
+def test_unproven_kernels_serve_on_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4)
+    kernel = backends.Kernel("gelu_tanh", "triton", torch.neg, lambda x: None, on_request=True)
+    monkeypatch.setitem(backends._kernels, "gelu_tanh", [kernel])
+    choice = ops.gelu_tanh.choose(x)
+    assert choice.backend == "eager" and "triton: not proven on a GPU yet" in choice.reason
+    with fastdiff.use_backend("triton"):
+        assert torch.equal(ops.gelu_tanh(x), -x)

@@ -119,4 +119,5 @@ def register_kernels(ops: Mapping[str, Any]) -> None:
     for name, shared in refusals(device_type()).items():
         implementation = _implementation(name)
         overload = ops[name].define_in(library, implementation)
-        register(Kernel(name, "triton", _run(implementation, overload), _refuse(name, shared)))
+        kernel = _run(implementation, overload)
+        register(Kernel(name, "triton", kernel, _refuse(name, shared), on_request=not INTERPRETED))
