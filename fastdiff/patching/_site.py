@@ -231,6 +231,7 @@ def name_of(value: Any) -> str:
     """Of a replacement, or whatever else is in a method's place: the function behind it, as ``module.qualname``."""
     while isinstance(value, (functools.partial, MethodType)):
         value = value.func if isinstance(value, functools.partial) else value.__func__
+        value = getattr(value, "_fastdiff_made_from", value)
     if isinstance(value, FunctionType):
         return f"{value.__module__}.{value.__qualname__}"
     return type(value).__qualname__

@@ -59,10 +59,19 @@ def _to_device(value: Any) -> Any:
 
 def poison(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Leave NaN in the memory that an output of an argument's size is likely to be allocated from."""
-    sizes = {t.numel() * t.element_size() for t in _tensors((args, kwargs))}
-    # All-ones bytes are NaN in every floating format.
-    held = [torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) for size in sizes for _ in range(3) if size]
-    del held
+    _spacers.clear()
+    sizes = {t.numel() * t.element_size() for t in _tensors((args, kwargs))} - {0}
+    # All-ones bytes are NaN in every floating format. Many small ones use up whatever else would fit.
+    held = [
+        [torch.full((size,), 255, dtype=torch.uint8, device=DEVICE) for _ in range(32 if size < 1 << 18 else 4)]
+        for size in sizes
+    ]
+    for buffers in held:
+        _spacers.extend(buffers[1::2])
+
+
+#: Between the buffers that :func:`poison` frees, lest the allocator join these to some of another size.
+_spacers: list[Tensor] = []
 
 
 def assert_numerics(

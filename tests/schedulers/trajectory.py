@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fastdiff.patching import patch
-from fastdiff.patching._patch import PATCH
 from fastdiff.patching._site import SITE
 from fastdiff.schedulers import SAMPLERS
 from fastdiff.schedulers.stepper import REPLACED
@@ -185,7 +184,7 @@ def attributes(scheduler: Any) -> dict[str, Any]:
     return {
         k: list(v) if isinstance(v, list) else v.clone() if isinstance(v, Tensor) else v
         for k, v in vars(scheduler).items()
-        if k not in (PATCH, SITE, *REPLACED, "_internal_dict")
+        if k not in (*REPLACED, "_internal_dict") and not k.startswith("_fastdiff")
     }
 
 
