@@ -1,7 +1,7 @@
-"""Turn ``benchmarks/results/*.json`` into the README's tables and plots; nothing else feeds them.
+"""Turn ``benchmarks/results/*.json`` into the tables and plots of README.md and docs/kernels.md.
 
-python benchmarks/report.py            # rewrite README.md between its markers, redraw docs/*.png
-python benchmarks/report.py --check    # exit 1 if README.md is not what the results say
+python benchmarks/report.py            # rewrite them between their markers, redraw docs/*.png
+python benchmarks/report.py --check    # exit 1 if they are not what the results say
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
 PLOTS = HERE.parent / "docs"
+PAGES = (HERE.parent / "README.md", PLOTS / "kernels.md")
 
 
 def _timing(row: dict[str, Any], provider: str) -> dict[str, Any] | None:
@@ -148,8 +148,8 @@ def _environment(section: dict[str, Any]) -> str:
     )
 
 
-def render(readme: str) -> str:
-    """``readme`` with every ``<!-- results:SECTION -->`` block replaced."""
+def render(page: str) -> str:
+    """``page`` with every ``<!-- results:SECTION -->`` block replaced."""
     for section_name, table in TABLES.items():
         parts = []
         for path in sorted((HERE / "results").glob("*.json")):
@@ -158,8 +158,8 @@ def render(readme: str) -> str:
                 parts.append(f"{_environment(section)}\n\n{table(section)}")
         body = "\n\n".join(parts) or "Not measured yet."
         pattern = rf"(<!-- results:{section_name} -->\n).*?(\n<!-- /results -->)"
-        readme = re.sub(pattern, lambda m, b=body: m[1] + b + m[2], readme, flags=re.DOTALL)
-    return readme
+        page = re.sub(pattern, lambda m, b=body: m[1] + b + m[2], page, flags=re.DOTALL)
+    return page
 
 
 def plot(section: dict[str, Any], path: Path) -> None:
@@ -197,18 +197,15 @@ def plot(section: dict[str, Any], path: Path) -> None:
 def main() -> int:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="only compare; exit 1 when README.md is stale")
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 when a page is stale")
     options = parser.parse_args()
-    current = README.read_text()
-    wanted = render(current)
+    stale = [page for page in PAGES if page.read_text() != render(page.read_text())]
     if options.check:
-        if current != wanted:
-            print(
-                "README.md does not match benchmarks/results: run python benchmarks/report.py",
-                file=sys.stderr,
-            )
-        return int(current != wanted)
-    README.write_text(wanted)
+        for page in stale:
+            print(f"{page.name} does not match benchmarks/results: run python benchmarks/report.py", file=sys.stderr)
+        return int(bool(stale))
+    for page in stale:
+        page.write_text(render(page.read_text()))
     for path in sorted((HERE / "results").glob("*.json")):
         section = json.loads(path.read_text()).get("kernels")
         if section:
