@@ -29,13 +29,23 @@ def _to_fp64(inputs: Any) -> Any:
     return inputs.double() if isinstance(inputs, torch.Tensor) and inputs.is_floating_point() else inputs
 
 
+def _in_fp64(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.nn.Module:
+    """An fp64 copy of a stock model. In older versions of Diffusers some mix dtypes then."""
+    exact = copy.deepcopy(model).double()
+    try:
+        output(exact, _to_fp64(inputs))
+    except RuntimeError as error:
+        pytest.skip(f"the stock model of this Diffusers does not run in fp64: {error}")
+    return exact
+
+
 @BY_NAME
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_numerics(case: Case, dtype: torch.dtype) -> None:
     """Pooled over ten seeds, the patched model is at most 1.05 times as far from fp64 as eager."""
     model = case.build().to(dtype)
-    exact = copy.deepcopy(model).double()
     calls = [case.inputs(_generator(seed), dtype) for seed in range(10)]
+    exact = _in_fp64(model, calls[0])
     reference = torch.stack([output(exact, _to_fp64(inputs)) for inputs in calls])
     eager = torch.stack([output(model, inputs) for inputs in calls])
     fastdiff.patch(model)
@@ -99,7 +109,7 @@ def test_gradients_are_eagers(case: Case) -> None:
 
     inputs = case.inputs(_generator(0), torch.float32)
     model = case.build().requires_grad_(True)
-    exact = gradients(copy.deepcopy(model).double(), _to_fp64(inputs))
+    exact = gradients(_in_fp64(model, inputs), _to_fp64(inputs))
     expected = gradients(model, inputs)
     fastdiff.patch(model)
     found = gradients(model, inputs)

@@ -163,7 +163,9 @@ def _configurations() -> list[Configuration]:
             add(name, {"timestep_spacing": "trailing", "beta_schedule": "scaled_linear"})
     add("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential", "final_sigmas_type": "sigma_min"})
 
-    add("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True})
+    if "randn_tensor" in diffusers.FlowMatchEulerDiscreteScheduler.step.__code__.co_names:
+        # Older versions draw this noise without the generator, and stay stock.
+        add("FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True})
     add("FlowMatchEulerDiscreteScheduler", {"invert_sigmas": True})
     add("FlowMatchEulerDiscreteScheduler", {"shift_terminal": 0.1, "use_dynamic_shifting": True},
         {"steps": 8, "mu": 0.7})
