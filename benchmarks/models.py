@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastdiff
+from fastdiff.patching import patch_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PACKED = "fastdiff, packed weights"
@@ -156,6 +157,10 @@ def run_case(case: ModelCase, dtype_name: str, rounds: int, allocator: str) -> R
     def forward() -> torch.Tensor:
         return case.call(model, **inputs)
 
+    def stock() -> None:
+        if patch_of(model) is not None:
+            fastdiff.unpatch(model)
+
     def packed() -> None:
         fastdiff.patch(model, prepack_weights=True)
         forward()  # packs
@@ -168,7 +173,7 @@ def run_case(case: ModelCase, dtype_name: str, rounds: int, allocator: str) -> R
     del eager_output
     # What is done before each sample, outside of the clock.
     providers = {
-        "eager": lambda: fastdiff.unpatch(model),
+        "eager": stock,
         "fastdiff": lambda: fastdiff.patch(model),
         PACKED: packed,
     }
