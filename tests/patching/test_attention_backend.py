@@ -143,11 +143,13 @@ q, k, v = torch.load(sys.argv[4])
 mine = [t.chunk(2, 1)[rank] for t in (q, k, v)]
 with torch.no_grad():
     out = dispatch_attention_fn(*mine, backend="fastdiff", parallel_config=config)
-parts = [torch.empty_like(out) for _ in range(2)]
-dist.all_gather(parts, out.contiguous())
-if rank == 0:
-    torch.save(torch.cat(parts, 1), sys.argv[5])
-dist.destroy_process_group()
+torch.save(out.contiguous(), sys.argv[5] + str(rank))
+# Both have what they need of each other. gloo's threads sometimes abort the process as it ends ("terminate called
+# without an active exception"), which says nothing of the result: leave without that.
+done = dist.FileStore(sys.argv[2] + ".done", 2)
+done.set(str(rank), "")
+done.wait(["0", "1"])
+os._exit(0)
 """
 
 
@@ -159,7 +161,7 @@ def test_context_parallel(tmp_path: Path, kind: str) -> None:
     torch.save((q, k, v), tmp_path / "in.pt")
     script = tmp_path / "rank.py"
     script.write_text(_RANK)
-    arguments = [str(tmp_path / "store"), kind, str(tmp_path / "in.pt"), str(tmp_path / "out.pt")]
+    arguments = [str(tmp_path / "store"), kind, str(tmp_path / "in.pt"), str(tmp_path / "out")]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=environment, stderr=subprocess.PIPE)
@@ -167,7 +169,7 @@ def test_context_parallel(tmp_path: Path, kind: str) -> None:
     ]
     errors = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
-    out = torch.load(tmp_path / "out.pt")
+    out = torch.cat([torch.load(tmp_path / f"out{rank}") for rank in range(2)], 1)
     exact = F.scaled_dot_product_attention(*(t.transpose(1, 2).double() for t in (q, k, v))).transpose(1, 2)
 
     def error(t: Tensor) -> float:
