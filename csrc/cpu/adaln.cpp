@@ -4,12 +4,10 @@
 // What modulates is brought to fp32 once per distinct row: per sample, that is once per sample and thread.
 #include "adaln.h"
 
-#include <algorithm>
-#include <cmath>
 #include <new>
 
-#include "loops.h"
 #include "parallel.h"
+#include "row_norm.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
@@ -122,40 +120,10 @@ struct Next {
 };
 
 // out = norm(x) * a + b
-//
-// Sums of d = x - centre and of d^2 come from one pass, with the mean of the row's first values as centre. Where
-// that turns out to be more than a standard deviation off, which would cost digits, the pass is repeated around the
-// mean: then it is the corrected two-pass algorithm (Chan, Golub and LeVeque, 1983). Large means lose nothing, for
-// x - centre is exact where they are close.
 template <bool rms, class S, class X, class T>
 void norm_row(const S* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
-  float centre = 0, mean = 0, variance = 0;
-  if constexpr (!rms) {
-    Vec first(0.0f);
-    const int64_t count = std::min<int64_t>(n, kUnroll * Vec::size);
-    for_each_vec(count, [&](int64_t i, int, auto lanes) { first = first + load(x + i, lanes); });
-    centre = reduce_add(first) / static_cast<float>(count);
-  }
-  for (int pass = 0; pass < 2; ++pass) {
-    const Vec shift(centre);
-    Vec sum[kUnroll], squares[kUnroll];
-    for (int k = 0; k < kUnroll; ++k) sum[k] = squares[k] = Vec(0.0f);
-    for_each_vec(n, [&](int64_t i, int k, auto lanes) {
-      Vec d = load(x + i, lanes);
-      if constexpr (!rms) {
-        d = keep_first(d - shift, lanes);
-        sum[k] = sum[k] + d;
-      }
-      squares[k] = fma(d, d, squares[k]);
-    });
-    const float square = total(squares) / n;
-    if constexpr (!rms) mean = total(sum) / n;
-    variance = square - mean * mean;
-    if (rms || mean * mean <= variance) break;
-    if (pass == 0) centre += mean;
-  }
-  const float inverse = 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps);
-  const Vec shift(centre), factor(inverse), offset(-mean * inverse);
+  const RowNorm norm = measure_row<rms>(x, n, eps);
+  const Vec shift(norm.centre), factor(norm.factor), offset(norm.offset);
   const bool ahead = prefetch_pays<X>();
   for_each_vec(n, [&](int64_t i, int, auto lanes) {
     if (ahead) next.fetch(i);

@@ -9,12 +9,11 @@
 #include "adaln_backward.h"
 
 #include <algorithm>
-#include <cmath>
 #include <memory>
 #include <vector>
 
-#include "loops.h"
 #include "parallel.h"
+#include "row_norm.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
@@ -63,33 +62,15 @@ void over_samples(int64_t batch, int64_t tokens, int64_t columns, float* const (
       }
 }
 
-// norm(x) into normal; returns rstd. Mean and variance as in the forward.
+// norm(x) into normal; returns rstd.
 template <class T>
 float normalize(const T* x, float* normal, int64_t n, float eps, bool rms) {
-  Total sum;
-  for_each_vec(n, [&](int64_t i, int k, auto lanes) {
-    const Vec value = load(x + i, lanes);
-    sum.part[k] = rms ? fma(value, value, sum.part[k]) : sum.part[k] + value;
-    store(normal + i, value, lanes);
+  const RowNorm norm = measure_row(x, n, eps, rms);
+  const Vec shift(norm.centre), factor(norm.factor), offset(norm.offset);
+  for_each_vec(n, [&](int64_t i, auto lanes) {
+    store(normal + i, fma(load(x + i, lanes) - shift, factor, offset), lanes);
   });
-  float mean = 0, error = 0, square = sum.value() / n;
-  if (!rms) {
-    mean = square;
-    Total rest, squares;
-    for_each_vec(n, [&](int64_t i, int k, auto lanes) {
-      const Vec centred = keep_first(load(normal + i, lanes) - Vec(mean), lanes);
-      rest.part[k] = rest.part[k] + centred;
-      squares.part[k] = fma(centred, centred, squares.part[k]);
-    });
-    error = rest.value() / n;
-    square = std::max(0.0f, squares.value() / n - error * error);
-  }
-  const float rstd = 1.0f / std::sqrt(square + eps);
-  const Vec shift(mean), scale(rstd), offset(-error * rstd);
-  for_each_vec(n, [&](int64_t i, int, auto lanes) {
-    store(normal + i, fma(load(normal + i, lanes) - shift, scale, offset), lanes);
-  });
-  return rstd;
+  return norm.factor;
 }
 
 template <class T>

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "loops.h"
+#include "moments.h"
 #include "parallel.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
@@ -21,17 +22,7 @@ inline void for_each_between(int64_t begin, int64_t end, const Body& body) {
   for_each_vec(end - begin, [&](int64_t i, auto lanes) { body(begin + i, lanes); });
 }
 
-// Count, mean and sum of squared distances from it; combined as by Chan, Golub and LeVeque (1983).
-struct Moments {
-  double count = 0, mean = 0, squares = 0;
-  void add(const Moments& other) {
-    const double both = count + other.count, delta = other.mean - mean;
-    mean += delta * other.count / both;
-    squares += other.squares + delta * delta * count * other.count / both;
-    count = both;
-  }
-  double deviation() const { return std::sqrt(squares / (count - 1)); }
-};
+double deviation(const Moments& m) { return std::sqrt(m.m2 / (m.count - 1)); }
 
 // value(i, lanes): the elements of one quantity. What the mean loses by rounding is taken out of the squares.
 template <class Value>
@@ -83,9 +74,9 @@ void combine(const CfgCombineArgs& args) {
   for (int64_t sample = 0; sample < args.samples; ++sample) {
     Moments c, g;
     for (int64_t chunk = sample * chunks; chunk < (sample + 1) * chunks; ++chunk)
-      c.add(of_cond[chunk]), g.add(of_guided[chunk]);
+      c.merge(of_cond[chunk]), g.merge(of_guided[chunk]);
     const double rescale = args.guidance_rescale;
-    factor[sample] = static_cast<float>(rescale * (c.deviation() / g.deviation()) + (1 - rescale));
+    factor[sample] = static_cast<float>(rescale * (deviation(c) / deviation(g)) + (1 - rescale));
   }
   for_each_chunk([&](int64_t chunk, int64_t begin, int64_t end) {
     const Vec by(factor[chunk / chunks]);

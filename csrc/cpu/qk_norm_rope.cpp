@@ -5,11 +5,10 @@
 // with the minus of every pair's first element in s.
 #include "qk_norm_rope.h"
 
-#include <cmath>
 #include <vector>
 
-#include "loops.h"
 #include "parallel.h"
+#include "row_norm.h"
 
 namespace fastdiff::cpu::FASTDIFF_ISA {
 namespace {
@@ -64,28 +63,6 @@ struct Rotation {
   int64_t offset_ = -1;
 };
 
-// The map x -> (x - mean) * factor + offset.
-struct Normal {
-  float mean = 0, factor = 1, offset = 0;
-};
-
-// The norm of n elements; variance as in adaln.cpp, the rounding error of the mean taken out.
-Normal measure(const float* x, int64_t n, bool rms, float eps) {
-  Vec sum(0.0f), squares(0.0f), rest(0.0f);
-  if (!rms) for_each_vec(n, [&](int64_t i, auto lanes) { sum = sum + load(x + i, lanes); });
-  const float mean = reduce_add(sum) / n;
-  const Vec centre(mean);
-  for_each_vec(n, [&](int64_t i, auto lanes) {
-    const Vec d = keep_first(load(x + i, lanes) - centre, lanes);
-    rest = rest + d;
-    squares = fma(d, d, squares);
-  });
-  const float error = rms ? 0.0f : reduce_add(rest) / n;
-  const float variance = reduce_add(squares) / n - error * error;
-  const float factor = 1.0f / std::sqrt((variance < 0 ? 0 : variance) + eps);
-  return {mean, factor, -error * factor};
-}
-
 template <class T>
 class Worker {
  public:
@@ -113,7 +90,7 @@ class Worker {
     const bool rotate = rotation_.has(token);
     if (args_.across_heads) {
       for (int64_t head = 0; head < joint.heads; ++head) widen(x + head * part.stride[2], wide_.data() + head * depth);
-      const Normal normal = measure(wide_.data(), joint.heads * depth, args_.rms, args_.eps);
+      const RowNorm normal = measure_row(wide_.data(), joint.heads * depth, args_.eps, args_.rms);
       for (int64_t head = 0; head < joint.heads; ++head) {
         if (rotate) rotation_.set(batch, token, head);
         finish(wide_.data() + head * depth, normal, affine_[j][p], head * depth, rotate, out + head * depth);
@@ -122,7 +99,7 @@ class Worker {
     }
     for (int64_t head = 0; head < joint.heads; ++head) {
       widen(x + head * part.stride[2], wide_.data());
-      const Normal normal = args_.norm ? measure(wide_.data(), depth, args_.rms, args_.eps) : Normal{};
+      const RowNorm normal = args_.norm ? measure_row(wide_.data(), depth, args_.eps, args_.rms) : RowNorm{};
       if (rotate) rotation_.set(batch, token, head);
       finish(wide_.data(), normal, affine_[j][p], 0, rotate, out + head * depth);
     }
@@ -134,12 +111,12 @@ class Worker {
   }
 
   // Normalises one head's x, rotates it and stores it.
-  void finish(const float* x, Normal normal, const Affine& affine, int64_t offset, bool rotate, T* out) {
+  void finish(const float* x, RowNorm normal, const Affine& affine, int64_t offset, bool rotate, T* out) {
     const float* weight = affine.weight.empty() ? nullptr : affine.weight.data() + offset;
     const float* bias = affine.bias.empty() ? nullptr : affine.bias.data() + offset;
-    const Vec mean(normal.mean), factor(normal.factor), shift(normal.offset);
+    const Vec centre(normal.centre), factor(normal.factor), offset_by(normal.offset);
     const auto value = [&](int64_t i, auto lanes) {
-      Vec y = fma(load(x + i, lanes) - mean, factor, shift);
+      Vec y = fma(load(x + i, lanes) - centre, factor, offset_by);
       if (weight) y = y * load(weight + i, lanes);
       if (bias) y = y + load(bias + i, lanes);
       return y;
