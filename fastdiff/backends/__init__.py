@@ -82,6 +82,7 @@ def _from_environment() -> str | None:
 
 
 _demanded = _from_environment()
+_default = (_demanded, False)
 
 
 def register(kernel: Kernel) -> None:
@@ -98,7 +99,8 @@ def kernels_of(op: str) -> tuple[Kernel, ...]:
 
 def overridden() -> tuple[str | None, bool]:
     """The backend demanded by :func:`use_backend` in this thread, or by ``FASTDIFF_BACKEND``, and whether strictly."""
-    return getattr(_override, "backend", _demanded), getattr(_override, "strict", False)
+    wanted: tuple[str | None, bool] = getattr(_override, "wanted", _default)
+    return wanted
 
 
 @contextlib.contextmanager
@@ -116,11 +118,11 @@ def use_backend(backend: str, *, strict: bool = False) -> Iterator[None]:
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; expected one of {', '.join(BACKENDS)}")
     saved = overridden()
-    _override.backend, _override.strict = backend, strict
+    _override.wanted = (backend, strict)
     try:
         yield
     finally:
-        _override.backend, _override.strict = saved
+        _override.wanted = saved
 
 
 def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:

@@ -72,10 +72,16 @@ def why_stock(x: Tensor, *norms: nn.Module, kind: type[nn.Module] = nn.GroupNorm
             return f"a norm is a {type(norm).__name__}"
         if has_own_forward(norm) or has_hooks(norm):
             return "a norm has hooks"
-        weight = norm.weight
+        weight = parameter(norm, "weight")
         if weight is not None and weight.device != device:
             return f"a norm's weight is on {weight.device.type}"
     return None
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """``getattr(module, name)`` for what is a parameter nearly always: a tenth of the time of a module's getattr."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def has_hooks(module: nn.Module) -> bool:

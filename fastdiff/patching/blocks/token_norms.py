@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.ops import adaln_modulate, gate_residual_adaln
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import has_hooks, has_own_forward, why_stock
+from fastdiff.patching.blocks import has_hooks, has_own_forward, parameter, why_stock
 
 #: Class -> whether it is an RMSNorm. A class of a family's own may be added by the family's file.
 _IS_RMS: dict[type[nn.Module], bool] = {
@@ -39,7 +39,7 @@ def why_not_norms(x: Tensor, *norms: Any) -> str | None:
             return f"a norm is a {type(norm).__name__}"
         if has_own_forward(norm) or has_hooks(norm):
             return "a norm has hooks"
-        weight = norm.weight
+        weight = parameter(norm, "weight")
         if weight is None:
             continue
         if weight.device != x.device:
@@ -66,7 +66,8 @@ def is_rms(norm: Any) -> bool:
 def parameters_of(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
     """Weight, bias and epsilon."""
     eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
-    return norm.weight, getattr(norm, "bias", None), eps
+    bias = parameter(norm, "bias") if "bias" in norm._parameters else getattr(norm, "bias", None)
+    return parameter(norm, "weight"), bias, eps
 
 
 def modulated(

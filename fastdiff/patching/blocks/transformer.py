@@ -53,14 +53,16 @@ def ada_layer_norm_zero(
     emb: Any = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Replaces ``AdaLayerNormZero.forward``."""
-    site = self._fastdiff_site
-    reason = why_not_norms(x, self.norm)
+    site, parts = self._fastdiff_site, self._modules
+    norm = parts["norm"]
+    reason = why_not_norms(x, norm)
     if reason is not None:
         return site.stock(reason, self, x, timestep, class_labels, hidden_dtype, emb)
     if self.emb is not None:
         emb = self.emb(timestep, class_labels, hidden_dtype=hidden_dtype)
-    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self.linear(activated_once(self.silu, emb)).chunk(6, dim=1)
-    x = modulated(site, "norm", self.norm, x, scale, shift)
+    modulation = parts["linear"](activated_once(parts["silu"], emb))
+    shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = modulation.chunk(6, dim=1)
+    x = modulated(site, "norm", norm, x, scale, shift)
     return x, gate, shift_mlp, scale_mlp, gate_mlp
 
 
