@@ -31,6 +31,7 @@ def patch(
     skip: str | Sequence[str] = (),
     backend: str | None = None,
     prepack_weights: bool = False,
+    cuda_graphs: bool = False,
 ) -> T:
     """Replace chains of small operations in ``x`` by fused kernels, on this object only.
 
@@ -48,6 +49,11 @@ def patch(
             for SD 1.5), and makes the U-Net of SD 1.5 up to twice as fast as eager (bf16, a CPU with AMX). Changed
             weights (LoRAs loaded, fused or scaled, state dicts, casts) are seen and packed again; only edits of few
             elements that go through ``.data``, around PyTorch's version counter, may not be.
+        cuda_graphs: on a CUDA device, run whole denoisers from CUDA graphs, captured when a kind of input (shapes,
+            dtypes, structure and constants of the arguments) comes for the second time. At most 8 per model share
+            one memory pool of about a forward's activations. Weights are read live; another LoRA, adapter,
+            processor or attribute drops a model's graphs, and they are captured again. What cannot be captured runs
+            as it would without graphs, and the report says why. Whole models, whatever ``only`` and ``skip`` say.
 
     Returns:
         ``x``.
@@ -56,7 +62,10 @@ def patch(
         TypeError: if ``x`` is none of these.
         ValueError: if the backend is unknown, an option is malformed, or ``only`` names no place in ``x``.
     """
-    options = Options(_patterns("only", only), _patterns("skip", skip), _backend(backend), _flag(prepack_weights))
+    options = Options(
+        _patterns("only", only), _patterns("skip", skip), _backend(backend),
+        _flag("prepack_weights", prepack_weights), _flag("cuda_graphs", cuda_graphs),
+    )  # fmt: skip
     components = components_of(x)
     before = _Before(x)
     try:
@@ -288,6 +297,8 @@ def _patch_model(patch: Patch, family: Family) -> None:
     for switch in family.switches:
         if version is None and stock and why_not_source(switch.sources) is None:
             switch.apply(patch, patch.root)
+    if patch.options.cuda_graphs:
+        patch.capture()
     if not (patch.sites or patch.left):
         patch.leave("", patch.root, "", "no block that fastdiff knows")
 
@@ -340,9 +351,9 @@ def _patterns(name: str, value: str | Iterable[str]) -> tuple[str, ...]:
     return patterns
 
 
-def _flag(value: bool) -> bool:
+def _flag(name: str, value: bool) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"prepack_weights is {value!r}; expected True or False")
+        raise ValueError(f"{name} is {value!r}; expected True or False")
     return value
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
+from fastdiff.patching._graphs import ModelGraphs, graphed_forward, why_no_denoiser
 from fastdiff.patching._site import Replacement, Site
 
 #: Name, in the ``__dict__`` of a patched model or scheduler, of its :class:`Patch`.
@@ -28,6 +29,7 @@ class Options:
         skip: patterns of site paths to leave alone.
         backend: the only backend that may serve the sites, or ``None`` for the usual order.
         prepack_weights: keep packed copies of the weights, see ``blocks/packed.py``.
+        cuda_graphs: capture denoisers, see ``_graphs.py``.
         prefix: of the paths that the patterns are about: the name of a pipeline's component.
     """
 
@@ -35,6 +37,7 @@ class Options:
     skip: tuple[str, ...] = ()
     backend: str | None = None
     prepack_weights: bool = False
+    cuda_graphs: bool = False
     prefix: str = ""
 
     def named(self, path: str) -> bool:
@@ -141,6 +144,7 @@ class Patch:
         layouts: whole models that compute in another memory layout; neither checked nor counted as sites.
         left: what was not, with the reasons.
         savings: what else is saved, as sentences: Diffusers' own switches, repeated work done once.
+        graphs: the CUDA graphs of the root; where they were asked for and are not possible, the reason.
         own: set when ``patch`` was called on the root itself.
         claims: of all who asked for the patch and are alive, with the options of each, the latest last; the patch
             goes with the last.
@@ -152,6 +156,7 @@ class Patch:
     layouts: list[Site] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
     savings: list[str] = field(default_factory=list)
+    graphs: ModelGraphs | str | None = None
     own: Claim | None = None
     claims: weakref.WeakKeyDictionary[Claim, Options] = field(default_factory=weakref.WeakKeyDictionary)
     _changes: list[_Change | Replacement] = field(default_factory=list)
@@ -210,6 +215,22 @@ class Patch:
             self._changes.remove(replacement)
         return reason
 
+    def capture(self) -> None:
+        """Run the root's forward, with all that was installed in it so far, from CUDA graphs where that is possible."""
+        reason = why_no_denoiser(self.root)
+        if reason is not None:
+            self.graphs = reason
+            return
+        installed = [r for site in (*self.sites, *self.layouts) for r in site.replacements]
+        installed += [change for change in self._changes if isinstance(change, Replacement)]
+        for replacement in installed:
+            if replacement.owner is self.root and replacement.name == "forward":
+                self.graphs = ModelGraphs(self.root, replacement.function)
+                replacement.wrap(graphed_forward)
+                return
+        self.graphs = ModelGraphs(self.root, type(self.root).forward)
+        self.graphs = self.replace(self.root, "forward", graphed_forward) or self.graphs
+
     def names_any(self) -> bool:
         """Whether the option ``only`` names any place here."""
         paths = [*(s.path for s in (*self.sites, *self.layouts)), *(left.path for left in self.left)]
@@ -224,6 +245,8 @@ class Patch:
         for site in reversed([*self.sites, *self.layouts]):
             site.restore()
         vars(self.root).pop(PATCH, None)
+        if isinstance(self.graphs, ModelGraphs):
+            self.graphs.release()
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:

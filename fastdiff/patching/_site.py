@@ -115,6 +115,15 @@ class Replacement:
         self.new = new
         return old
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What the method was replaced by, taking the object first."""
+        return self.new.__func__._fastdiff_made_from
+
+    def wrap(self, function: Callable[..., Any]) -> None:
+        """Let ``function``, which calls the present one, take its place."""
+        self.exchange(_bind(function, self.owner, self.name))
+
     def installed(self) -> bool:
         """Whether the replacement is still in place, here or captured by a hook."""
         return any(getattr(o, n) == self.new for o, n in holders(self.owner, self.name))
