@@ -14,6 +14,7 @@ from torch import nn
 from fastdiff._launches import count_launches
 from fastdiff._table import Printable, grouped
 from fastdiff.patching import Patch, components_of, follows, patches_of, unwrap
+from fastdiff.patching._graphs import GraphStats, ModelGraphs
 from fastdiff.patching._site import Site
 from fastdiff.patching.families import example_of
 
@@ -80,6 +81,37 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Graphs:
+    """The CUDA graphs of one model, where ``patch`` was asked for them.
+
+    Attributes:
+        component: the model's name in the pipeline; empty for a model by itself.
+        cls: its class.
+        stats: what became of its calls; ``None`` for a model that is not captured at all.
+        reason: why nothing is captured in its present state, or empty.
+    """
+
+    component: str
+    cls: str
+    stats: GraphStats | None
+    reason: str
+
+    def __str__(self) -> str:
+        name = f"CUDA graphs of {self.component or 'the model'} ({self.cls})"
+        if self.stats is None:
+            return f"{name}: none: {self.reason}"
+        stats = self.stats
+        lines = [f"{name}: {stats.graphs} held, {stats.captures} captured, {stats.replays} calls replayed"]
+        if self.reason:
+            lines.append(f"  now none: {self.reason}")
+        lines += [f"  {count} calls ordinary: {reason}" for reason, count in stats.ordinary.items()]
+        lines += [f"  {count} graphs dropped: {reason}" for reason, count in stats.dropped.items()]
+        if stats.evicted:
+            lines.append(f"  {stats.evicted} graphs made room for others")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
 class Report(Printable):
     """The report of one object; prints as a table with :mod:`rich` (``rich.print(report)``).
 
@@ -90,6 +122,7 @@ class Report(Printable):
         launches: per component, when asked for.
         layouts: models whose memory layout is chosen, ``backend`` being the layout of the latest call.
         parts: the coverage of every component.
+        graphs: of every model, if CUDA graphs were asked for.
     """
 
     name: str
@@ -98,6 +131,7 @@ class Report(Printable):
     launches: tuple[Launches, ...] = field(default=())
     layouts: tuple[Row, ...] = ()
     parts: tuple[Part, ...] = ()
+    graphs: tuple[Graphs, ...] = ()
 
     @property
     def fused(self) -> int:
@@ -126,6 +160,7 @@ class Report(Printable):
             "rows": [{**asdict(row), "served_by": dict(row.served_by)} for row in self.rows],
             "layouts": [{**asdict(row), "served_by": dict(row.served_by)} for row in self.layouts],
             "launches": [asdict(entry) for entry in self.launches],
+            "graphs": [asdict(entry) for entry in self.graphs],
         }
 
     def table(self, *, full: bool = False) -> Table:
@@ -152,6 +187,7 @@ class Report(Printable):
         if len(places) < len(self.rows):
             lines.append(f"packed weights: {_parts([row for row in self.rows if not row.kernel])}")
         lines += self.savings
+        lines += map(str, self.graphs)
         for entry in self.launches:
             saved = 1 - entry.after / entry.before
             lines.append(
@@ -183,6 +219,7 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
     layouts: list[Row] = []
     counts: list[Launches] = []
     parts: list[Part] = []
+    graphs: list[Graphs] = []
     patches = {id(root): patch for root, patch in found}
     for name, component in ({"": x} if components is None else components).items():
         component = unwrap(component)
@@ -194,6 +231,8 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
                 for left in patch.left
             ]
             layouts += [_row(name, site) for site in patch.layouts]
+            if patch.graphs is not None:
+                graphs.append(_graphs(name, patch))
             if launches and isinstance(component, nn.Module):
                 inputs = launches if isinstance(launches, Mapping) else None
                 counts.append(_launches(name or type(component).__name__, patch, inputs))
@@ -209,7 +248,7 @@ def report(x: Any, *, launches: bool | Mapping[str, Any] = False) -> Report:
         if places:
             parts.append(Part(name, type(component).__name__, sum(row.fused for row in places), len(places)))
     savings = tuple(saving for _, patch in found for saving in patch.savings)
-    return Report(type(x).__name__, tuple(rows), savings, tuple(counts), tuple(layouts), tuple(parts))
+    return Report(type(x).__name__, tuple(rows), savings, tuple(counts), tuple(layouts), tuple(parts), tuple(graphs))
 
 
 def _row(prefix: str, site: Site) -> Row:
@@ -222,6 +261,14 @@ def _row(prefix: str, site: Site) -> Row:
         served = {"call": "eager"}
     backend = ", ".join(dict.fromkeys(served.values())) or NOT_RUN
     return Row(path, cls, site.what, served, backend, site.reason, site.kernel)
+
+
+def _graphs(name: str, patch: Patch) -> Graphs:
+    cls = type(patch.root).__name__
+    if isinstance(patch.graphs, ModelGraphs):
+        stats = patch.graphs.stats()
+        return Graphs(name, cls, stats, stats.unavailable)
+    return Graphs(name, cls, None, patch.graphs or "")
 
 
 def _parts(rows: list[Row]) -> str:

@@ -52,12 +52,14 @@ class Info:
         versions: of fastdiff, Python and the libraries that matter; ``None`` for what is not installed.
         extension: file and build of the compiled extension; empty if it is not loaded.
         backends: all backends, in order of preference.
+        cuda_graphs: whether ``fastdiff.patch(..., cuda_graphs=True)`` can capture anything here.
         warnings: what deserves attention, each with the command that cures it.
     """
 
     versions: dict[str, str | None]
     extension: dict[str, Any]
     backends: tuple[Backend, ...]
+    cuda_graphs: Backend
     warnings: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class Info:
         else:
             lines.append(_row("", "none"))
         lines += ["", "backends"]
-        for backend in self.backends:
+        for backend in (*self.backends, self.cuda_graphs):
             text = f"yes   {backend.detail}" if backend.available else f"no    {backend.reason}"
             lines.append(_row(backend.name, text))
             if backend.command:
@@ -109,6 +111,7 @@ def info() -> Info:
         },
         extension={"file": module.__file__, "build": _extension.build_info()} if module else {},
         backends=tuple(_backend(name) for name in BACKENDS),
+        cuda_graphs=_cuda_graphs(),
         warnings=tuple(_warnings()),
     )
 
@@ -139,6 +142,12 @@ def _backend(name: str) -> Backend:
     if any(kernel.on_request for op in served for kernel in kernels_of(op) if kernel.backend == name):
         detail += "; not proven on a GPU yet, so only on request"
     return Backend(name, True, f"{len(served)} of {len(OPS)} ops{detail}")
+
+
+def _cuda_graphs() -> Backend:
+    if not torch.cuda.is_available():
+        return Backend("CUDA graphs", False, reason="torch sees no CUDA device")
+    return Backend("CUDA graphs", True, "on request: cuda_graphs=True; not run on a GPU yet")
 
 
 def _cuda_architectures() -> list[str]:

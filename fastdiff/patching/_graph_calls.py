@@ -179,8 +179,8 @@ def plan(value: Any, tensors: list[Tensor]) -> Callable[[Iterator[Tensor]], Any]
 
 #: Operations whose result, or its shape, the host waits for.
 _WAITING = {
-    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "item", "lift_fresh", "masked_select",
-    "multinomial", "nonzero", "unique_consecutive", "unique_dim",
+    "_local_scalar_dense", "_unique2", "bincount", "equal", "is_nonzero", "item", "masked_select", "multinomial",
+    "nonzero", "unique_consecutive", "unique_dim",
 }  # fmt: skip
 
 
@@ -209,6 +209,7 @@ class HostWatch(TorchDispatchMode):
         indices = _tensors_in(args[1:2]) if name in ("index", "index_put", "index_put_") else []
         waits = (
             (name in _WAITING and any(t.device == self._device for t in tensors))
+            or (name == "lift_fresh" and any(t.device.type != "cpu" for t in tensors))  # of a number or list
             or (name in ("copy_", "_to_copy") and len({t.device for t in tensors}) > 1)
             or any(index.dtype is torch.bool for index in indices)
         )
