@@ -18,6 +18,8 @@ from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 
 from fastdiff.patching._site import name_of
 
@@ -144,8 +146,8 @@ class State:
         package = type(module).__module__.partition(".")[0]
         if package not in _KNOWN:
             self._refuse(f"{path} is a {type(module).__name__} of {package}, whose code may do more than compute")
-        if module.training:
-            self._refuse(f"{path} is in training mode")
+        if module.training and _is_random(module):
+            self._refuse(f"{path}, a {type(module).__name__}, is in training mode")
         if "_hf_hook" in state:
             self._refuse(f"accelerate's hook {type(state['_hf_hook']).__name__} is on {path}")
         if getattr(state.get("_diffusers_hook"), "hooks", None):
@@ -184,3 +186,10 @@ class State:
             self._module(path, value)
         elif kind.__module__.startswith(("diffusers.", "peft.")) and type(getattr(value, "__dict__", None)) is dict:
             self._value(path, vars(value))
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether training mode matters: adapters leave their modules in it, mostly without a dropout."""
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return isinstance(module, (_BatchNorm, nn.MultiheadAttention))
