@@ -233,8 +233,7 @@ class ModelGraphs:
         for key in keys:
             graph = self._graphs.pop(key)
             graph.recording.drop()
-            if graph.replays < _PAYS:
-                self._patience *= 2
+            self._patience = 2 * self._patience if graph.replays < _PAYS else max(1, self._patience // 2)
         if not self._graphs:
             self._recorder.release()
 
