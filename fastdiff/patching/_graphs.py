@@ -100,6 +100,7 @@ class ModelGraphs:
         self._seen: OrderedDict[Hashable, int] = OrderedDict()
         self._refused: OrderedDict[Hashable, str] = OrderedDict()
         self._patience = 1  # how often a kind of input must have been seen before it is captured
+        self._futile = self._rest = 0  # changes in a row without a replay between them, calls to sit out
         self._captures = self._replays = self._evicted = 0
         self._ordinary: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
@@ -141,7 +142,7 @@ class ModelGraphs:
             self._state = None
             self._seen.clear()
             self._refused.clear()
-            self._patience = 1
+            self._patience, self._futile, self._rest = 1, 0, 0
 
     def _why_not_now(self) -> str | None:
         """Why this call, whatever its arguments, needs Python: as far as that does not depend on the model."""
@@ -176,6 +177,8 @@ class ModelGraphs:
             self._drop(list(self._graphs))
             self._seen.clear()
             self._refused.clear()
+            self._futile += 1
+            self._rest = min(2 ** (self._futile - 1), _REMEMBERED) - 1
         if self._state is None or changed is not None:
             self._state = State(self._model, self._recorder.device_type)
         return self._state
@@ -186,6 +189,9 @@ class ModelGraphs:
         Raises:
             NotCapturable: if there is none.
         """
+        if self._rest:  # there are no graphs, and to look at a model that always changes costs more than it gives
+            self._rest -= 1
+            raise NotCapturable("the model keeps changing between calls")
         state = self._present_state()
         if state.reason is not None:
             raise NotCapturable(state.reason)
@@ -220,6 +226,7 @@ class ModelGraphs:
         graph.recording.replay()
         graph.replays += 1
         self._replays += 1
+        self._futile = 0
         return graph.result.copy()
 
     def _device(self) -> torch.device:
@@ -242,7 +249,7 @@ class ModelGraphs:
         Raises:
             NotCapturable: if that is impossible.
         """
-        self._capturing = True
+        self._capturing, handled = True, sys.exc_info()[1]
         try:
             arguments = StaticArguments(call, state.device)
             self._recorder.follow(state.device)
@@ -263,7 +270,7 @@ class ModelGraphs:
         except NotCapturable:
             raise
         except Exception as error:  # what is wrong with the call itself, the ordinary forward raises again
-            raise NotCapturable(f"the capture failed: {_first_cause(error)}") from None
+            raise NotCapturable(f"the capture failed: {_first_cause(error, handled)}") from None
         finally:
             self._capturing = False
 
@@ -327,8 +334,9 @@ _SETTINGS: tuple[Callable[[], Hashable], ...] = (
 )  # fmt: skip
 
 
-def _first_cause(error: BaseException) -> str:
-    """The first line of the error that was raised first: ending a capture that failed raises another."""
-    while error.__context__ is not None:
+def _first_cause(error: BaseException, handled: BaseException | None) -> str:
+    """The first line of the error that was raised first, since ``handled``: a failed capture's end raises another."""
+    while error.__context__ not in (None, handled):
+        assert error.__context__ is not None
         error = error.__context__
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

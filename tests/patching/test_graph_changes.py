@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fake_recorder import FakeRecorder
-from graph_pairs import FIRST, assign, captured, inputs, pair_of, recorder_of, same, stats_of, with_lora
+from graph_pairs import DIT, FIRST, assign, captured, inputs, pair_of, recorder_of, same, stats_of, with_lora
 from hazards import HAZARDS, OwnProcessor, wrap_forwards
 from models import sd15_unet
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformer_models import outputs
 
 import fastdiff
-from fastdiff.patching import _graph_calls, _graph_state, patch_of
+from fastdiff.patching import _graph_calls, _graph_state, _graphs, patch_of
 
 pytestmark = pytest.mark.usefixtures("fake_graphs")
 
@@ -99,6 +99,21 @@ def test_changes_are_seen(name: str) -> None:
         assert stats.captures == 2
         if name != "LoRA fused":
             assert stats.dropped == {dropped: 1}
+
+
+def test_a_model_that_keeps_changing_is_looked_at_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(_graphs, "State", lambda *args: looked.append(args) or _graph_state.State(*args))
+    pair = pair_of(DIT.build)
+    for call in range(40):
+        pair[0].transformer_blocks[0].note = call
+        outputs(pair[0], inputs(call, DIT))
+    assert 3 <= len(looked) <= 7
+    assert stats_of(pair[0]).captures == 0
+    for seed in range(75):
+        outputs(pair[0], inputs(seed, DIT))
+    same(pair, 0, DIT)
+    assert stats_of(pair[0]).replays > 0
 
 
 def test_equal_attributes_drop_nothing() -> None:
