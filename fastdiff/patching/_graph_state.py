@@ -34,7 +34,7 @@ _USUAL = _UNREAD | {"_forward_hooks", "_forward_pre_hooks"}
 _END = object()
 _ENDS = (_END,)
 _VALUES = (bool, int, float, str)
-_dtype = operator.attrgetter("dtype")
+_dtype, _device = operator.attrgetter("dtype"), operator.attrgetter("device")
 
 
 class State:
@@ -73,7 +73,7 @@ class State:
             if type(tensor) not in _PLAIN:
                 self._refuse(f"a tensor of it is a {type(tensor).__name__}")
         self._place(model, device_type)
-        self._addresses, self._dtypes = ([], []) if self.reason else self._places()
+        self._placed = self._places()
 
     def changed(self) -> str | None:
         """What is not as it was, or ``None``. Reads no tensor's values, waits for no device."""
@@ -88,7 +88,7 @@ class State:
             same = False
         if not same:
             return "its modules or their attributes changed"
-        if self.reason is None and (self._addresses, self._dtypes) != self._places():
+        if self._placed != self._places():
             return "parameters were moved or cast"
         return None
 
@@ -112,9 +112,12 @@ class State:
         """The parameters and buffers."""
         return chain.from_iterable(map(dict.values, self._owners))
 
-    def _places(self) -> tuple[list[int], list[torch.dtype]]:
+    def _places(self) -> list[Any]:
+        """Where the tensors are, and their dtypes; of those that no graph can read, only on which devices."""
         tensors: list[Any] = [tensor() for tensor in self._tensors]
-        return list(map(Tensor.data_ptr, tensors)), list(map(_dtype, tensors))
+        if self.reason is not None:
+            return list(map(_device, tensors))
+        return [*map(Tensor.data_ptr, tensors), *map(_dtype, tensors)]
 
     def _refuse(self, reason: str) -> None:
         self.reason = self.reason or reason

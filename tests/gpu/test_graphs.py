@@ -111,13 +111,18 @@ def test_loras_come_and_go() -> None:
 
 
 def test_to_the_cpu_and_back() -> None:
-    pair = pair_of()
+    """Patched and looked at on the CPU, too."""
+    pair = fastdiff.patch(sd15_unet(), cuda_graphs=True), fastdiff.patch(sd15_unet())
+    assert fastdiff.report(pair[0]).graphs[0].reason == "its weights are on cpu; CUDA is needed"
+    for model in pair:
+        model.cuda()
     for seed in range(3):
         same(pair, seed)
     for model in pair:
         model.to("cpu").to("cuda")
     for seed in range(3):
         same(pair, seed)
+    assert stats_of(pair[0]).captures == 2
 
 
 def test_memory_goes_back() -> None:

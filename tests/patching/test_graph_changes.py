@@ -166,6 +166,15 @@ def test_a_replaced_parameter_is_freed_at_once() -> None:
     assert state.changed() == "parameters were replaced"
 
 
+def test_moving_to_the_device_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the parameters, and changes where they are."""
+    state = _graph_state.State(sd15_unet(), "cuda")
+    assert state.reason == "its weights are on cpu; CUDA is needed"
+    assert state.changed() is None
+    monkeypatch.setattr(_graph_state, "_device", lambda tensor: torch.device("cuda"))
+    assert state.changed() == "parameters were moved or cast"
+
+
 def test_the_check_reads_no_tensor() -> None:
     """So it cannot wait for a device."""
 
