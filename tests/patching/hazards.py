@@ -22,8 +22,10 @@ from diffusers import (
 )
 from diffusers.hooks import (
     HookRegistry,
+    LayerSkipConfig,
     ModelHook,
     apply_group_offloading,
+    apply_layer_skip,
     apply_layerwise_casting,
 )
 from diffusers.models.attention_processor import AttnProcessor2_0, SlicedAttnProcessor
@@ -160,6 +162,12 @@ def remove_all_hooks(model: nn.Module) -> None:
         registry = vars(module).get("_diffusers_hook")
         for name in [] if registry is None else list(registry.hooks):
             registry.remove_hook(name, recurse=False)
+
+
+def skip_scores(model: nn.Module, blocks: str = "transformer_blocks") -> None:
+    """As PAG does in modular pipelines: self-attention's result are the values, by way of a mode of torch."""
+    config = LayerSkipConfig([0, 1, 2], fqn=blocks, skip_attention=False, skip_attention_scores=True, skip_ff=False)
+    apply_layer_skip(model, config)
 
 
 @contextlib.contextmanager
@@ -384,6 +392,10 @@ HAZARDS: dict[str, Hazard] = {
     ),
     "a user's processors": Hazard(
         _processors(OwnProcessor()), _default_processors, eager=_processor("OwnProcessor"), changes=True, exact=False
+    ),
+    "attention scores skipped, DiT": Hazard(
+        skip_scores, remove_all_hooks, DIT, changes=True,
+        eager={"Attention": "^a AttentionScoreSkipFunctionMode is active$"},
     ),
     "FreeU": Hazard(_freeu, lambda m: m.disable_freeu(), changes=True),
     "wrapped forwards": Hazard(

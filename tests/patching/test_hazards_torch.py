@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from hazards import OwnProcessor, skip_scores
 from models import CASES, Case, dit, output, sd15_unet
 from torch import Tensor, nn
 
@@ -104,6 +105,27 @@ def test_trace_fullgraph(case: Case) -> None:
     seen, compiled = _compiled(model, "eager")
     _close(output(compiled, inputs), eager)
     assert len(seen) >= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: skip_scores(m, "mid_block.attentions.0.transformer_blocks"),
+        lambda m: m.set_attn_processor(OwnProcessor()),
+        lambda m: m.mid_block.resnets[0].norm1.register_forward_hook(lambda module, args, result: 2 * result),
+    ],
+    ids=["attention scores skipped", "processors", "hook on a norm"],
+)
+def test_places_that_run_stock_compile_too(change: Callable[[Any], Any]) -> None:
+    """Without a graph break, and with the stock code's result."""
+    model, inputs = sd15_unet(), _inputs()
+    plain = output(model, inputs)
+    change(model)
+    expected = output(model, inputs)
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
+    fastdiff.patch(model)
+    _, compiled = _compiled(model, "eager")
+    _close(output(compiled, inputs), expected)
 
 
 def _compiled(model: nn.Module, backend: str) -> tuple[set[str], Any]:
