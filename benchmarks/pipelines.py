@@ -31,8 +31,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 sys.path.insert(0, str(ROOT / "tests" / "patching"))
 
+from published import PLAIN, Plain  # noqa: E402
 from transformer_models import TRANSFORMERS, Transformer  # noqa: E402
-from zoo import PLAIN, ZOO, Entry, Plain, model_class  # noqa: E402
+from zoo import ZOO, Entry, model_class  # noqa: E402
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import diffusers
 import pytest
+from published import PLAIN
 from transformer_models import TRANSFORMERS
-from zoo import PLAIN, ZOO, Entry
+from zoo import ZOO, Entry
 
 import fastdiff
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 from diffusers import ConsistencyDecoderVAE
 from models import randomized, vae
+from published import PLAIN, Plain
 from torch import Tensor
-from zoo import PLAIN, Plain, model_class
+from zoo import model_class
 
 import fastdiff
 
