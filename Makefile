@@ -30,11 +30,11 @@ help: ## this list
 demo: $(VENV)/.installed ## draw the same pictures with and without fastdiff.patch, and compare
 	$(PY) -m fastdiff demo $(DEMO_ARGS)
 
-test: $(VENV)/.installed ## run all tests; PYTEST_ARGS="-k norm" for some
-	$(PYTEST) $(PYTEST_ARGS)
+test: $(VENV)/quantized ## run all tests; PYTEST_ARGS="-k norm" for some
+	PYTHONPATH=$< $(PYTEST) $(PYTEST_ARGS)
 
-test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) ## the tests of patching with the oldest supported Diffusers
-	PYTHONPATH=$< $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
+test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) $(VENV)/quantized ## the tests of patching with the oldest supported Diffusers
+	PYTHONPATH=$<:$(VENV)/quantized $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
 
 diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=/checkout; DIFFUSERS_TESTS=... for some
 	@test -d "$(DIFFUSERS)/tests" || { echo "DIFFUSERS=$(DIFFUSERS) is not a checkout of Diffusers"; exit 2; }
@@ -87,6 +87,13 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 	$(PIP) install --no-build-isolation -e ".[test,demo,dev]"
 	@touch $@
 	@$(PY) -m fastdiff info
+
+# What brings quantized weights, for the tests of them alone: wherever these are installed, Diffusers imports them, with
+# warnings. They need nothing that is not there.
+$(VENV)/quantized: $(VENV)/.installed
+	rm -rf $@
+	$(PIP) install --no-deps --target $@ "gguf>=0.10" "torchao>=0.15"
+	@touch $@
 
 $(VENV)/diffusers-$(DIFFUSERS_MIN): $(VENV)/.installed
 	rm -rf $@

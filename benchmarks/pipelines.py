@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 sys.path.insert(0, str(ROOT / "tests" / "patching"))
 
+from published import PLAIN, Plain  # noqa: E402
 from transformer_models import TRANSFORMERS, Transformer  # noqa: E402
 from zoo import ZOO, Entry, model_class  # noqa: E402
 
@@ -45,9 +46,9 @@ def fake_tensors() -> Iterator[None]:
         yield
 
 
-def count(model: Any, pipelines: str, configuration: str) -> dict[str, Any]:
-    """One line of the table."""
-    inputs = example_of(model)
+def count(model: Any, pipelines: str, configuration: str, inputs: dict[str, Any] | None = None) -> dict[str, Any]:
+    """One line of the table; ``inputs`` where fastdiff knows none."""
+    inputs = example_of(model) if inputs is None else inputs
     fastdiff.patch(model)(**inputs)
     report = fastdiff.report(model, launches=inputs)
     (launches,) = report.launches
@@ -72,6 +73,13 @@ def of_zoo(entry: Entry) -> dict[str, Any]:
         return count(model, entry.pipelines, entry.source or "tiny")
 
 
+def of_plain(entry: Plain) -> dict[str, Any]:
+    """The line of a model with nothing to fuse."""
+    with fake_tensors():
+        picture = {entry.input: torch.randn(1, 3, 64, 64)}
+        return count(model_class(entry.cls)().eval(), entry.pipelines, "published sizes", picture)
+
+
 def of_transformer(case: Transformer) -> dict[str, Any]:
     """The line of a transformer; tiny, with all its blocks, where its forward reads values of tensors."""
     try:
@@ -85,7 +93,7 @@ def of_transformer(case: Transformer) -> dict[str, Any]:
 def main() -> None:
     """Command line."""
     rows = []
-    for row in chain(map(of_zoo, ZOO), map(of_transformer, TRANSFORMERS)):
+    for row in chain(map(of_zoo, ZOO), map(of_plain, PLAIN), map(of_transformer, TRANSFORMERS)):
         rows.append(row)
         print(json.dumps(row), flush=True)
     section = {"environment": {"diffusers": diffusers.__version__}, "rows": rows}

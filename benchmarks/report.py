@@ -107,11 +107,11 @@ def pipeline_table(section: dict[str, Any]) -> str:
         "|---|---|---|---:|---:|---|",
     ]
     for row in section["rows"]:
-        saved = 1 - row["after"] / row["before"]
+        saved = f" -> {row['after']} (-{1 - row['after'] / row['before']:.0%})" if row["patched"] else ""
         left = "; ".join(f"{count} {what}" for what, count in row["left"].items())
         lines.append(
             f"| {row['pipelines']} | `{row['model']}` | {row['configuration']} | {row['patched']} of {row['places']} | "
-            f"{row['before']} -> {row['after']} (-{saved:.0%}) | {left} |"
+            f"{row['before']}{saved} | {left} |"
         )
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from autopatch_schedulers import patch_every_scheduler
 from autopatch_schedulers import summary as summary_of_schedulers
 
@@ -20,6 +21,8 @@ from autopatch_schedulers import summary as summary_of_schedulers
 sites: Counter[str] = Counter()
 served: Counter[tuple[str, str]] = Counter()
 patched: Counter[str] = Counter()
+#: Calls that ran stock, by class of the owner and reason.
+declined: Counter[str] = Counter()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -46,6 +49,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         note(self, slot, choice)
 
     Site.note = counting  # type: ignore[method-assign]
+    stock = Site.stock
+
+    @functools.wraps(stock)
+    def declining(self: Site, reason: str, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            declined[f"{type(self.owner).__name__} ({reason})"] += 1
+        return stock(self, reason, *args, **kwargs)
+
+    Site.stock = declining  # type: ignore[method-assign]
 
 
 def _patching_init(init: Callable[..., None]) -> Callable[..., None]:
@@ -98,6 +110,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for backend in sorted({backend for _, backend in served}):
         operations = Counter({slot: n for (slot, by), n in served.items() if by == backend})
         terminalreporter.write_line(f"served by {backend}: {sum(operations.values())} calls: {_counts(operations)}")
+    terminalreporter.write_line(f"declined: {sum(declined.values())} calls: {_counts(declined)}")
     for line in summary_of_schedulers():
         terminalreporter.write_line(line)
 

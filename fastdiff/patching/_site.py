@@ -70,6 +70,7 @@ class Replacement:
 
     Attributes:
         new: what takes the method's place.
+        stock: the method, as a function.
         own: whether the object had an attribute of that name before (hooks set one, and leave one behind).
     """
 
@@ -77,6 +78,7 @@ class Replacement:
         self.owner = owner
         self.name = name
         self.new: Any = _bind(function, owner, name)
+        self.stock: Callable[..., Any] = getattr(type(owner), name)
         self.own = False
 
     def install(self) -> str | None:
@@ -127,6 +129,12 @@ class Replacement:
     def installed(self) -> bool:
         """Whether the replacement is still in place, here or captured by a hook."""
         return any(getattr(o, n) == self.new for o, n in holders(self.owner, self.name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "stock"}  # it may be nobody's by now
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, stock=getattr(type(state["owner"]), state["name"]))
 
     def _is_stock(self, value: Any) -> bool:
         stock = getattr(type(self.owner), self.name)
@@ -214,9 +222,11 @@ class Site:
 
     def stock(self, reason: str, owner: Any, *args: Any, name: str = "forward", **kwargs: Any) -> Any:
         """Run the stock method for this call, and note why."""
-        if not torch.compiler.is_compiling():
-            self.declined = reason
-            self.served.clear()
+        if torch.compiler.is_compiling():  # it finds no methods in classes that Diffusers allows in its graphs
+            method = next(r.stock for r in self.replacements if r.owner is owner and r.name == name)
+            return method(owner, *args, **kwargs)
+        self.declined = reason
+        self.served.clear()
         return getattr(type(owner), name)(owner, *args, **kwargs)
 
     @property

@@ -19,6 +19,10 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+import fastdiff
+from fastdiff.patching import patch_of
+from fastdiff.patching._site import site_of
+
 
 def sd15_unet(**changes: Any) -> UNet2DConditionModel:
     """Like SD 1.x: convolutional projections, 8 heads, 77 text tokens, groups of 3 to 6 channels."""
@@ -188,6 +192,22 @@ CASES = [
     Case("DiT", dit, _labels,
          {"BasicTransformerBlock": 3, "AdaLayerNormZero": 3, "Attention": 3, "GELU": 3}, 0.35),
 ]  # fmt: skip
+
+
+def inputs_of(case: Case = CASES[0], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The arguments of a forward, always the same."""
+    return case.inputs(torch.Generator().manual_seed(0), dtype)
+
+
+def is_stock(model: nn.Module) -> bool:
+    """Whether no forward is replaced, by anybody, and nothing of fastdiff is left."""
+    return not any("forward" in vars(m) or site_of(m) for m in model.modules()) and patch_of(model) is None
+
+
+def is_fused(x: Any) -> bool:
+    """Whether kernels served every place that ran, and there was one."""
+    report = fastdiff.report(x)
+    return all(row.fused for row in report.rows if row.backend != "not run yet") and report.fused > 0
 
 
 def sd_pipeline(unet: Any = None, scheduler: Any = None) -> StableDiffusionPipeline:

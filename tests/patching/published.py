@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 SD15: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
@@ -54,3 +56,28 @@ KL = {
     "latent_channels": 4,
 }
 KL_UP = {"up_block_types": ("UpDecoderBlock2D",) * 4}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """A model of a pipeline with nothing to fuse, convolutions and ReLUs; as published by default.
+
+    Attributes:
+        pipelines: what README's table says it is.
+        cls: name of the class in Diffusers.
+        input: name of its forward's argument.
+        tiny: a small configuration.
+    """
+
+    pipelines: str
+    cls: str
+    input: str
+    tiny: Mapping[str, Any]
+
+
+PLAIN = (
+    Plain("tiny VAE (TAESD)", "AutoencoderTiny", "sample",
+          {"encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8), "num_encoder_blocks": (1, 1),
+           "num_decoder_blocks": (1, 1)}),
+    Plain("T2I adapter", "T2IAdapter", "x", {"channels": (8, 8), "num_res_blocks": 1, "downscale_factor": 2}),
+)  # fmt: skip

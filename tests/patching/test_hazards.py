@@ -5,22 +5,20 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import types
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models import attention_processor
 from hazards import HAZARDS, Hazard
-from models import CASES, Case, output, sd15_unet, vae
+from models import CASES, inputs_of, is_fused, output, run_sd, sd15_unet, sd_pipeline, vae
 from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.patching import patch_of
 from fastdiff.patching._site import site_of
-
-
-def _inputs(case: Case = CASES[0]) -> dict[str, Any]:
-    return case.inputs(torch.Generator().manual_seed(0), torch.float32)
 
 
 def _close(a: Tensor, b: Tensor) -> None:
@@ -130,15 +128,15 @@ def test_a_hook_sees_every_call_once() -> None:
         HAZARDS["Diffusers hook"].apply(model)
         fastdiff.patch(model)
         hook = model.mid_block.resnets[1]._diffusers_hook.get_hook("double")
-        output(model, _inputs())
+        output(model, inputs_of())
         assert hook.calls == 1
         fastdiff.unpatch(model)
-        output(model, _inputs())
+        output(model, inputs_of())
         assert hook.calls == 2
 
 
 def test_users_hooks_on_norms_see_stock_outputs() -> None:
-    model, inputs = sd15_unet(), _inputs()
+    model, inputs = sd15_unet(), inputs_of()
     seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
@@ -167,7 +165,7 @@ def test_users_hooks_on_norms_see_stock_outputs() -> None:
 
 def test_hook_on_a_convolution_keeps_its_output() -> None:
     """The residual is not added into a tensor that a hook may hold."""
-    model, inputs = sd15_unet(), _inputs()
+    model, inputs = sd15_unet(), inputs_of()
     fastdiff.patch(model)
     conv = model.mid_block.resnets[0].conv2
     held: list[Tensor] = []
@@ -186,7 +184,7 @@ def test_processors_are_not_touched() -> None:
 
 @pytest.mark.parametrize("kind", ["bias", "per query", "encoder"])
 def test_attention_masks(kind: str) -> None:
-    model, inputs = sd15_unet(), _inputs()
+    model, inputs = sd15_unet(), inputs_of()
     attn = model.mid_block.attentions[0].transformer_blocks[0].attn2
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randn(2, 16, 48, generator=generator)
@@ -205,9 +203,75 @@ def test_attention_masks(kind: str) -> None:
         assert site_of(attn).served["attention"].backend == "cpu"
 
 
+@pytest.fixture
+def xformers(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A stand-in for the package xformers, on a CPU; the shapes of the queries it was called with."""
+    shapes: list[Any] = []
+
+    def memory_efficient_attention(q: Tensor, k: Tensor, v: Tensor, attn_bias: Any = None, **options: Any) -> Tensor:
+        assert attn_bias is None
+        shapes.append(q.shape)
+        return nn.functional.scaled_dot_product_attention(q, k, v, scale=options.get("scale"))
+
+    package = types.SimpleNamespace(
+        ops=types.SimpleNamespace(memory_efficient_attention=memory_efficient_attention)
+    )
+    monkeypatch.setattr(attention_processor, "xformers", package, raising=False)
+    monkeypatch.setattr(attention_processor, "is_xformers_available", lambda: True)
+    return shapes
+
+
+def _enable_xformers(pipe: Any) -> None:
+    """Diffusers asks for CUDA, and tries the kernel there."""
+    randn = torch.randn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch, "randn", lambda *size, device=None, **options: randn(*size, **options))
+        pipe.enable_xformers_memory_efficient_attention()
+
+
+@pytest.mark.parametrize("first", ["xformers", "patch"])
+def test_xformers(xformers: list[Any], first: str) -> None:
+    """Switched on, its processors run, from a pipeline's patched U-Net and VAE too; switched off, ours again."""
+    stock, pipe = sd_pipeline(), sd_pipeline()
+    _enable_xformers(stock)
+    expected, calls = run_sd(stock, output_type="pt"), len(xformers)
+    assert calls > 0
+    xformers.clear()
+    steps = [_enable_xformers, fastdiff.patch]
+    for step in steps if first == "xformers" else reversed(steps):
+        step(pipe)
+    _close(run_sd(pipe, output_type="pt"), expected)
+    assert len(xformers) == calls
+    rows = [row for row in fastdiff.report(pipe).rows if row.backend != "not run yet"]
+    assert {row.cls for row in rows if not row.fused} == {"Attention"}
+    assert all("its processor is XFormersAttnProcessor" in row.reason for row in rows if row.cls == "Attention")
+    pipe.disable_xformers_memory_efficient_attention()
+    xformers.clear()
+    run_sd(pipe, output_type="pt")
+    assert not xformers
+    assert is_fused(pipe)
+
+
+def test_device_map(tmp_path: Any) -> None:
+    """A model loaded with some blocks on disk: their weights come for each call of a layer, and go."""
+    stock, inputs = sd15_unet(), inputs_of()
+    stock.save_pretrained(tmp_path / "model")
+    places = {name: "cpu" for name, _ in stock.named_children()} | {"mid_block": "disk", "down_blocks": "disk"}
+    model = type(stock).from_pretrained(tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload")
+    assert {p.device.type for p in model.mid_block.parameters()} == {"meta"}
+    fastdiff.patch(model)
+    _close(output(model, inputs), output(stock, inputs))
+    for row in fastdiff.report(model).rows:
+        assert row.fused == (row.cls in ("Attention", "GEGLU")), row
+        assert row.fused or "hooks" in row.reason
+    fastdiff.unpatch(model)
+    assert torch.equal(output(model, inputs), output(stock, inputs))
+
+
 def test_chunked_feed_forward_runs_stock() -> None:
     case = CASES[-1]
-    model, inputs = fastdiff.patch(case.build()), _inputs(case)
+    model, inputs = fastdiff.patch(case.build()), inputs_of(case)
     fused = output(model, inputs)
     for block in model.transformer_blocks:
         block.set_chunk_feed_forward(4, dim=1)

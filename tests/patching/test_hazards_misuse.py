@@ -12,18 +12,25 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, Case, ddpm_pipeline, ddpm_unet, dit, output, run_sd, sd15_unet, sd_pipeline
+from models import (
+    CASES,
+    Case,
+    ddpm_pipeline,
+    ddpm_unet,
+    dit,
+    inputs_of,
+    is_stock,
+    output,
+    run_sd,
+    sd15_unet,
+    sd_pipeline,
+)
 from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.patching import CLAIM, patch_of
-from fastdiff.patching._site import site_of
 
 BY_NAME = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-
-
-def _inputs(case: Case = CASES[0], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    return case.inputs(torch.Generator().manual_seed(0), dtype)
 
 
 def _each(function: Callable[[Tensor], Tensor], inputs: dict[str, Any]) -> dict[str, Any]:
@@ -34,13 +41,9 @@ def _close(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-def _is_stock(model: nn.Module) -> bool:
-    return not any("forward" in vars(m) or site_of(m) for m in model.modules()) and patch_of(model) is None
-
-
 def _pipe_is_stock(pipe: Any) -> bool:
     names = vars(pipe.scheduler).keys() | vars(pipe).keys()
-    return _is_stock(pipe.unet) and not any(k.startswith("_fastdiff") or k == "step" for k in names)
+    return is_stock(pipe.unet) and not any(k.startswith("_fastdiff") or k == "step" for k in names)
 
 
 # interruptions
@@ -84,12 +87,12 @@ def test_interrupted_patch() -> None:
         assert _pipe_is_stock(pipe), at
     fastdiff.patch(pipe, skip="*norm_out")
     earlier = [patch_of(pipe.unet), patch_of(pipe.scheduler)]
-    expected = output(pipe.unet, _inputs(CASES[2]))
+    expected = output(pipe.unet, inputs_of(CASES[2]))
     for at in torch.randint(1, total, (20,), generator=generator).tolist():
         _interrupted(lambda: fastdiff.patch(pipe, backend="eager"), at)
         assert [patch_of(pipe.unet), patch_of(pipe.scheduler)] == earlier, at
         assert all(replacement.installed() for site in earlier[0].sites for replacement in site.replacements)
-    assert torch.equal(output(pipe.unet, _inputs(CASES[2])), expected)
+    assert torch.equal(output(pipe.unet, inputs_of(CASES[2])), expected)
     fastdiff.unpatch(pipe)
     assert _pipe_is_stock(pipe)
 
@@ -113,7 +116,7 @@ class _Stop(BaseException):
 @BY_NAME
 def test_exception_in_a_forward(case: Case) -> None:
     """Wherever it strikes, the next forward is as if nothing had been."""
-    model, inputs = fastdiff.patch(case.build()), _inputs(case)
+    model, inputs = fastdiff.patch(case.build()), inputs_of(case)
     expected = output(model, inputs)
     rows = fastdiff.report(model).rows
     leaves = [m for m in model.modules() if not list(m.children()) and isinstance(m, (nn.Conv2d, nn.Linear))]
@@ -159,17 +162,17 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
 def test_wrong_arguments(call: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
-    assert _is_stock(UNET)
+    assert is_stock(UNET)
 
 
 @pytest.mark.parametrize("launches", [3, "yes", None, {"sample": None}])
 def test_wrong_arguments_of_report(launches: Any) -> None:
     model = fastdiff.patch(ddpm_unet())
-    before = output(model, _inputs(CASES[2]))
+    before = output(model, inputs_of(CASES[2]))
     message = "launches is .*; expected" if not isinstance(launches, dict) else ""  # that is the forward's own error
     with pytest.raises((TypeError, ValueError, AttributeError), match=message):
         fastdiff.report(model, launches=launches)
-    assert torch.equal(output(model, _inputs(CASES[2])), before)
+    assert torch.equal(output(model, inputs_of(CASES[2])), before)
     assert fastdiff.report(model).coverage == 1.0
 
 
@@ -183,7 +186,7 @@ def test_inference_mode(case: Case, where: str) -> None:
         model, stock = case.build(), case.build()
     with torch.inference_mode(where != "use only"):
         fastdiff.patch(model)
-    inputs = _inputs(case)
+    inputs = inputs_of(case)
     with torch.inference_mode():
         expected = output(stock, inputs)
         _close(output(model, inputs), expected)
@@ -196,7 +199,7 @@ def test_inference_mode(case: Case, where: str) -> None:
 
 @BY_NAME
 def test_no_samples(case: Case) -> None:
-    model, inputs = case.build(), _inputs(case)
+    model, inputs = case.build(), inputs_of(case)
     empty = _each(lambda t: t[:0], inputs)
     results: list[Any] = []
     for patched in (False, True):
@@ -211,7 +214,7 @@ def test_no_samples(case: Case) -> None:
 
 @BY_NAME
 def test_fp64_runs_stock(case: Case) -> None:
-    model, inputs = case.build(), _inputs(case, torch.float64)
+    model, inputs = case.build(), inputs_of(case, torch.float64)
     fastdiff.patch(model).double()
     ours = output(model, inputs)
     for row in fastdiff.report(model).rows:
@@ -224,7 +227,7 @@ def test_fp64_runs_stock(case: Case) -> None:
 @BY_NAME
 def test_meta_device(case: Case) -> None:
     """Shapes only, as in stock code; and back, with weights."""
-    model, inputs = case.build(), _inputs(case)
+    model, inputs = case.build(), inputs_of(case)
     weights = model.state_dict()
     fastdiff.patch(model)
     expected = output(model, inputs)
@@ -246,10 +249,10 @@ def test_dropout_in_training_mode(grad: bool) -> None:
             fastdiff.patch(model)
         torch.manual_seed(3)
         with torch.set_grad_enabled(grad):
-            results.append(model(**_inputs()).sample)
+            results.append(model(**inputs_of()).sample)
     _close(results[1], results[0])
     model.eval()
-    assert (output(model, _inputs()) - results[0]).norm() > 0.1 * results[0].norm()
+    assert (output(model, inputs_of()) - results[0]).norm() > 0.1 * results[0].norm()
     assert fastdiff.report(model).coverage == 1.0
 
 
@@ -260,7 +263,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         model = ddpm_unet().requires_grad_(True)
-        inputs = _inputs(CASES[2])
+        inputs = inputs_of(CASES[2])
         model(**inputs).sample.square().sum().backward()
         expected = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
@@ -273,7 +276,7 @@ def test_distributed_data_parallel(tmp_path: Any) -> None:
         output(wrapped, inputs)
         assert fastdiff.report(wrapped).coverage == 1.0
         fastdiff.unpatch(wrapped)
-        assert _is_stock(model)
+        assert is_stock(model)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -285,7 +288,7 @@ def test_prepared_by_accelerate(first: str) -> None:
 
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     try:
-        stock, model, inputs = ddpm_unet(), ddpm_unet(), _inputs(CASES[2])
+        stock, model, inputs = ddpm_unet(), ddpm_unet(), inputs_of(CASES[2])
         eager, expected = output(stock, inputs), output(accelerator.prepare_model(stock), inputs)
         if first == "patch":
             fastdiff.patch(model)
@@ -310,7 +313,7 @@ def test_compiled_component() -> None:
     fastdiff.patch(pipe)
     assert sum(row.path.startswith("unet.") for row in fastdiff.report(pipe).rows) == 13
     fastdiff.unpatch(pipe)
-    assert _is_stock(model)
+    assert is_stock(model)
 
 
 # mid-generation
@@ -337,16 +340,16 @@ def test_shallow_copy_of_a_pipeline() -> None:
     pipe = fastdiff.patch(sd_pipeline())
     twin = copy.copy(pipe)
     fastdiff.unpatch(twin)
-    assert _is_stock(pipe.unet)
+    assert is_stock(pipe.unet)
     fastdiff.patch(pipe.unet)
     fastdiff.unpatch(pipe)
-    assert not _is_stock(pipe.unet)
-    output(pipe.unet, _inputs())
+    assert not is_stock(pipe.unet)
+    output(pipe.unet, inputs_of())
     assert fastdiff.report(pipe.unet).coverage == 1.0
 
 
 def test_nested_contexts() -> None:
-    model, inputs = dit(), _inputs(CASES[-1])
+    model, inputs = dit(), inputs_of(CASES[-1])
     eager = output(model, inputs)
     with fastdiff.patched(model):
         fused = output(model, inputs)
@@ -356,11 +359,11 @@ def test_nested_contexts() -> None:
         assert torch.equal(output(model, inputs), fused)
         fastdiff.unpatch(model)
     assert torch.equal(output(model, inputs), eager)
-    assert _is_stock(model)
+    assert is_stock(model)
 
 
 def test_functional_call_reads_the_given_weights() -> None:
-    model, inputs = sd15_unet(), _inputs()
+    model, inputs = sd15_unet(), inputs_of()
     weights = {name: 1.1 * p for name, p in model.named_parameters()}
     call = functools.partial(torch.func.functional_call, model, weights, kwargs=inputs)
     with torch.no_grad():

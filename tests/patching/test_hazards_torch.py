@@ -8,15 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, Case, dit, output, sd15_unet
+from actions import OwnProcessor, skip_scores
+from models import CASES, Case, dit, inputs_of, output, sd15_unet
 from torch import Tensor, nn
 
 import fastdiff
 from fastdiff.patching import patch_of
-
-
-def _inputs(case: Case = CASES[0]) -> dict[str, Any]:
-    return case.inputs(torch.Generator().manual_seed(0), torch.float32)
 
 
 def _close(a: Tensor, b: Tensor) -> None:
@@ -24,7 +21,7 @@ def _close(a: Tensor, b: Tensor) -> None:
 
 
 def test_autocast_runs_stock() -> None:
-    model, inputs = sd15_unet(), _inputs()
+    model, inputs = sd15_unet(), inputs_of()
     with torch.autocast("cpu", torch.bfloat16):
         eager = output(model, inputs)
         fastdiff.patch(model)
@@ -67,7 +64,7 @@ def _mid_inputs() -> dict[str, Any]:
     ("build", "inputs", "ops"),
     [
         (_MidBlock, _mid_inputs(), {"group_norm_silu", "attention", "geglu"}),
-        (_OneBlockDiT, _inputs(CASES[-1]),
+        (_OneBlockDiT, inputs_of(CASES[-1]),
          {"adaln_modulate", "gate_residual_adaln", "gate_residual", "gelu_tanh", "attention"}),
     ],
     ids=["U-Net", "DiT"],
@@ -98,12 +95,33 @@ def test_compiled_model_is_unwrapped() -> None:
 @pytest.mark.parametrize("case", [CASES[i] for i in (0, 2, 4, 5)], ids=lambda c: c.name)
 def test_trace_fullgraph(case: Case) -> None:
     """A family's whole model is one graph."""
-    model, inputs = case.build(), _inputs(case)
+    model, inputs = case.build(), inputs_of(case)
     eager = output(model, inputs)
     fastdiff.patch(model)
     seen, compiled = _compiled(model, "eager")
     _close(output(compiled, inputs), eager)
     assert len(seen) >= 2
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: skip_scores(m, "mid_block.attentions.0.transformer_blocks"),
+        lambda m: m.set_attn_processor(OwnProcessor()),
+        lambda m: m.mid_block.resnets[0].norm1.register_forward_hook(lambda module, args, result: 2 * result),
+    ],
+    ids=["attention scores skipped", "processors", "hook on a norm"],
+)
+def test_places_that_run_stock_compile_too(change: Callable[[Any], Any]) -> None:
+    """Without a graph break, and with the stock code's result."""
+    model, inputs = sd15_unet(), inputs_of()
+    plain = output(model, inputs)
+    change(model)
+    expected = output(model, inputs)
+    assert (expected - plain).norm() > 1e-3 * plain.norm()
+    fastdiff.patch(model)
+    _, compiled = _compiled(model, "eager")
+    _close(output(compiled, inputs), expected)
 
 
 def _compiled(model: nn.Module, backend: str) -> tuple[set[str], Any]:
@@ -149,7 +167,7 @@ def _graphs(patched: bool, mode: str) -> list[int]:
         return counts
     model.compile(backend=counter, fullgraph=True)
     for batch in (2, 3, 4, 5):
-        inputs = {k: torch.cat([v] * 3)[:batch] for k, v in _inputs(CASES[-1]).items()}
+        inputs = {k: torch.cat([v] * 3)[:batch] for k, v in inputs_of(CASES[-1]).items()}
         output(model, inputs)
         counts.append(counter.frame_count)
     return counts
@@ -165,7 +183,7 @@ def test_compiles_as_seldom_as_stock(mode: str) -> None:
 
 def test_reduce_overhead() -> None:
     """CUDA graphs where there is CUDA; elsewhere it has to work all the same."""
-    model, inputs = _OneBlockDiT(), _inputs(CASES[-1])
+    model, inputs = _OneBlockDiT(), inputs_of(CASES[-1])
     fastdiff.patch(model.dit)
     expected = output(model, inputs)
     torch._dynamo.reset()
@@ -182,7 +200,7 @@ def test_gradient_checkpointing() -> None:
         model.enable_gradient_checkpointing()
         if patched:
             fastdiff.patch(model)
-        model(**_inputs()).sample.square().mean().backward()
+        model(**inputs_of()).sample.square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
     for ours, eager in zip(grads[1], grads[0], strict=True):
         assert (ours - eager).norm() <= 1e-4 * eager.norm() + 1e-7
@@ -193,11 +211,11 @@ def test_threads() -> None:
     model, other = fastdiff.patch(sd15_unet()), fastdiff.patch(dit())
     calls = [CASES[0].inputs(torch.Generator().manual_seed(i), torch.float32) for i in range(3)]
     expected = [output(model, inputs) for inputs in calls]
-    others = output(other, _inputs(CASES[-1]))
+    others = output(other, inputs_of(CASES[-1]))
 
     def run(i: int) -> bool:
         if i == 3:
-            return all(torch.equal(output(other, _inputs(CASES[-1])), others) for _ in range(8))
+            return all(torch.equal(output(other, inputs_of(CASES[-1])), others) for _ in range(8))
         if i == 4:
             return all(len(fastdiff.report(model).rows) > 20 for _ in range(30))
         return all(torch.equal(output(model, calls[i]), expected[i]) for _ in range(8))

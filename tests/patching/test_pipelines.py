@@ -11,6 +11,8 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AudioLDM2Pipeline,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     ControlNetModel,
     DDIMScheduler,
     DDPMScheduler,
@@ -18,7 +20,10 @@ from diffusers import (
     EulerDiscreteScheduler,
     IFPipeline,
     KandinskyV22Pipeline,
+    LatentConsistencyModelPipeline,
+    LCMScheduler,
     MotionAdapter,
+    StableDiffusionAdapterPipeline,
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
@@ -26,6 +31,7 @@ from diffusers import (
     StableDiffusionXLImg2ImgPipeline,
     StableDiffusionXLPipeline,
     StableVideoDiffusionPipeline,
+    T2IAdapter,
 )
 from models import randomized, sd15_unet, sdxl_unet, vae
 from torch import Tensor, nn
@@ -111,6 +117,25 @@ def _controlnet() -> tuple[DiffusionPipeline, dict[str, Any]]:
 def _controlnets() -> tuple[DiffusionPipeline, dict[str, Any]]:
     pipe = _sd(StableDiffusionControlNetPipeline, sd15_unet(), controlnet=[_of_unet(), _of_unet()])
     return pipe, {"image": [_image(), _image()], "controlnet_conditioning_scale": [1.0, 0.5], **_text()}
+
+
+def _t2i_adapter() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    adapter = randomized(
+        T2IAdapter(channels=[24, 48], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter")
+    )
+    pipe = _sd(StableDiffusionAdapterPipeline, sd15_unet(), adapter=adapter)
+    return pipe, {"image": _image(), "height": 16, "width": 16, **_text()}
+
+
+def _lcm() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    pipe = _sd(LatentConsistencyModelPipeline, sd15_unet(time_cond_proj_dim=8))
+    pipe.scheduler = LCMScheduler(clip_sample=False)
+    return pipe, {"prompt_embeds": _text()["prompt_embeds"], "height": 16, "width": 16, "original_inference_steps": 50}
+
+
+def _consistency() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    scheduler = CMStochasticIterativeScheduler(num_train_timesteps=40, sigma_min=0.002, sigma_max=80.0)
+    return ConsistencyModelPipeline(unet=TINY["consistency model"](), scheduler=scheduler), {"class_labels": 3}
 
 
 def _animatediff() -> tuple[DiffusionPipeline, dict[str, Any]]:
@@ -213,6 +238,9 @@ PIPELINES: dict[str, tuple[Callable[[], tuple[DiffusionPipeline, dict[str, Any]]
     "SDXL refiner": (_refiner, {"unet", "vae"}),
     "ControlNet": (_controlnet, {"unet", "vae", "controlnet"}),
     "two ControlNets": (_controlnets, {"unet", "vae", "controlnet"}),
+    "T2I adapter": (_t2i_adapter, {"unet", "vae"}),
+    "LCM": (_lcm, {"unet", "vae"}),
+    "consistency model": (_consistency, {"unet"}),
     "AnimateDiff": (_animatediff, {"unet", "vae"}),
     "Stable Video Diffusion": (_video, {"unet", "vae"}),
     "DeepFloyd IF": (_deepfloyd, {"unet"}),

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderTiny, ConsistencyDecoderVAE, T2IAdapter
+from diffusers import ConsistencyDecoderVAE
 from models import randomized, vae
+from published import PLAIN, Plain
 from torch import Tensor
+from zoo import model_class
 
 import fastdiff
 
@@ -78,20 +80,10 @@ def test_consistency_decoder() -> None:
     assert torch.equal(run(), eager)
 
 
-@pytest.mark.parametrize(
-    "build",
-    [
-        lambda: AutoencoderTiny(
-            encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), num_encoder_blocks=(1, 1),
-            num_decoder_blocks=(1, 1),
-        ),
-        lambda: T2IAdapter(channels=(8, 8), num_res_blocks=1, downscale_factor=2),
-    ],
-    ids=["AutoencoderTiny", "T2IAdapter"],
-)  # fmt: skip
-def test_nothing_to_fuse(build: Any) -> None:
+@pytest.mark.parametrize("entry", PLAIN, ids=lambda entry: entry.cls)
+def test_nothing_to_fuse(entry: Plain) -> None:
     """Convolutions and ReLUs: the report says so, the result is bitwise eager's."""
-    model = randomized(build())
+    model = randomized(model_class(entry.cls)(**entry.tiny))
     x = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def run() -> Any:

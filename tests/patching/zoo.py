@@ -136,7 +136,7 @@ _3D = {
 }
 
 ZOO = (
-    Entry(CASES[0], "Stable Diffusion 1.x: text to image, img2img, LCM, Turbo, PAG", "UNet2DConditionModel",
+    Entry(CASES[0], "Stable Diffusion 1.x: text to image, img2img, LCM, PAG, T2I adapter", "UNet2DConditionModel",
           public=published.SD15, source="stable-diffusion-v1-5"),
     Entry(CASES[0], "Stable Diffusion 1.x inpainting", "UNet2DConditionModel",
           public=published.SD15 | {"in_channels": 9}, source="stable-diffusion-inpainting"),
@@ -146,9 +146,9 @@ ZOO = (
         _case("SD2", "UNet2DConditionModel",
               {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.24,
               **_TEXT, **_TEXT_UNET, use_linear_projection=True),
-        "Stable Diffusion 2.x", "UNet2DConditionModel", public=published.SD2, source="stable-diffusion-2-1",
+        "Stable Diffusion 2.x, SD Turbo", "UNet2DConditionModel", public=published.SD2, source="stable-diffusion-2-1",
     ),
-    Entry(CASES[1], "Stable Diffusion XL: base, Turbo, Lightning", "UNet2DConditionModel",
+    Entry(CASES[1], "Stable Diffusion XL: base, Turbo, Lightning, PAG, T2I adapter", "UNet2DConditionModel",
           public=published.SDXL | published.SDXL_UP, source="stable-diffusion-xl-base-1.0"),
     Entry(
         _case("SDXL refiner", "UNet2DConditionModel",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
 from fastdiff.ops import attention, group_norm_silu
 from fastdiff.patching._site import Site
@@ -143,14 +145,22 @@ def _why_not(module: Any) -> str | None:
     """Why the module is not what :func:`legacy_attention` computes; it may be changed at any time."""
     if type(module.processor) is not AttnProcessor2_0:
         return f"its processor is {type(module.processor).__name__}"
-    return _why_never(module)
+    return why_not_mode() or _why_never(module)
 
 
 def _why_not_added(module: Any) -> str | None:
     """As :func:`_why_not`, for :func:`added_kv_attention`."""
     if type(module.processor) is not AttnAddedKVProcessor2_0:
         return f"its processor is {type(module.processor).__name__}"
-    return "it has a SpatialNorm" if module.spatial_norm is not None else _why_never(module)
+    return "it has a SpatialNorm" if module.spatial_norm is not None else why_not_mode() or _why_never(module)
+
+
+def why_not_mode() -> str | None:
+    """Which mode wants to see ``scaled_dot_product_attention``: Diffusers' layer skip replaces it by such a mode."""
+    if torch._C._len_torch_function_stack() == 0:
+        return None
+    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
+    return f"a {type(modes[-1]).__name__} is active" if modes else None
 
 
 def _why_never(module: Any) -> str | None:

@@ -19,13 +19,11 @@ from diffusers.models.attention_dispatch import (
     dispatch_attention_fn,
 )
 from torch import Tensor
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from fastdiff.ops import attention, qk_norm_rope
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, drop, forward, once
-from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head
+from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head, why_not_mode
 from fastdiff.patching.blocks.token_norms import NORM_SOURCES, is_rms, parameters_of, why_not_kinds, why_not_norms
 
 #: cos, sin (or ``None``) and rope_start, as :func:`fastdiff.ops.qk_norm_rope` takes them.
@@ -299,12 +297,7 @@ def why_not(attn: Any) -> str | None:
         return "it has a norm of feature maps"
     if getattr(attn, "norm_cross", None):
         return "it normalizes the context"
-    if not torch.compiler.is_compiling():
-        # Diffusers' layer skip replaces scaled_dot_product_attention by such a mode.
-        modes = [m for m in _get_current_function_mode_stack() if not isinstance(m, DeviceContext)]
-        if modes:
-            return f"a {type(modes[-1]).__name__} is active"
-    return None
+    return why_not_mode()
 
 
 def attention_block(cls: str, *rows: AttentionRow, function: Callable[..., Any] = joint_attention) -> Block:

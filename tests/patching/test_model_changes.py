@@ -10,17 +10,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from models import CASES, Case, dit, improved_ddpm_unet, output, sd15_unet
+from models import CASES, Case, dit, improved_ddpm_unet, inputs_of, output, sd15_unet
 from torch import nn
 
 import fastdiff
 from fastdiff.patching.blocks import activated_once
 
 SD, IMPROVED, DIT = CASES[0], CASES[3], CASES[5]
-
-
-def _inputs(case: Case) -> dict[str, Any]:
-    return case.inputs(torch.Generator().manual_seed(0), torch.float32)
 
 
 def _resnet(model: Any) -> Any:
@@ -59,7 +55,7 @@ CHANGES: dict[str, tuple[Case, Callable[[Any], Any]]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_after_patching_are_obeyed(name: str) -> None:
     case, change = CHANGES[name]
-    inputs, results = _inputs(case), []
+    inputs, results = inputs_of(case), []
     unchanged = output(case.build(), inputs)
     for patched in (False, True):
         model = case.build()
@@ -100,7 +96,7 @@ def test_hooks_see_what_they_see_in_stock_code(name: str, kind: str) -> None:
             sums.append(value.double().square().sum().item())
 
         getattr(find(model), f"register_{kind}")(hook)
-        inputs = _inputs(case)
+        inputs = inputs_of(case)
         if kind == "full_backward_hook":
             model.requires_grad_(True)
             model(**inputs, return_dict=False)[0].square().sum().backward()
@@ -112,7 +108,7 @@ def test_hooks_see_what_they_see_in_stock_code(name: str, kind: str) -> None:
 
 
 def test_hooks_for_all_modules_see_every_call() -> None:
-    counts, model, inputs = [], sd15_unet(), _inputs(SD)
+    counts, model, inputs = [], sd15_unet(), inputs_of(SD)
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def hook(module: nn.Module, args: Any, result: Any) -> None:
@@ -180,10 +176,10 @@ def test_scale_and_shift_without_time_embedding_is_stocks_error() -> None:
 
 def test_nothing_stays_on_tensors_of_a_forward() -> None:
     model = fastdiff.patch(dit())
-    result = output(model, _inputs(DIT))
+    result = output(model, inputs_of(DIT))
     assert not result.__dict__
     model = fastdiff.patch(sd15_unet())
     kept: list[torch.Tensor] = []
     model.conv_out.register_forward_pre_hook(lambda module, args: kept.append(args[0]))
-    output(model, _inputs(SD))
+    output(model, inputs_of(SD))
     assert not kept[0].__dict__
