@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastdiff.backends import Choice
 from fastdiff.schedulers.probe import CLAMPED, NOISE, SECOND_NOISE, Call, Constant, LinearStep, NotLinear, Source
 
 
@@ -23,13 +24,19 @@ class Launch(NamedTuple):
     kept: list[float]
     kept_dtype: torch.dtype | None
 
-    def with_defaults(self, call: Call) -> Launch:
-        """Without the dtypes that the op takes by itself: each costs as much as a lookup."""
-        return self._replace(
-            prev_dtype=None if self.prev_dtype == call.sample else self.prev_dtype,
-            entry_dtype=None if self.entry_dtype == call.model_output else self.entry_dtype,
-            kept_dtype=None if self.kept_dtype == call.sample else self.kept_dtype,
-        )
+    def arguments(self, call: Call) -> tuple[Any, ...]:
+        """Those of the op after its tensors, without the defaults at the end and the dtypes that it takes by itself:
+        each costs time."""
+        arguments: list[Any] = [
+            self.prev, self.entry, self.clip,
+            None if self.prev_dtype == call.sample else self.prev_dtype,
+            None if self.entry_dtype == call.model_output else self.entry_dtype,
+            self.kept,
+            None if self.kept_dtype == call.sample else self.kept_dtype,
+        ]
+        while arguments[-1] in (None, []) and len(arguments) > 2:
+            arguments.pop()
+        return tuple(arguments)
 
 
 #: A value after the step: the position of a tensor among the step's values, or what is no tensor.
@@ -50,6 +57,40 @@ class Plan(NamedTuple):
     history: tuple[tuple[str, After | list[After]], ...]
     state: tuple[tuple[str, Any], ...]
     past: tuple[int | None, ...]
+
+
+class Step:
+    """A step that is known.
+
+    Attributes:
+        plan: what it does.
+        calls: of the op, one per launch: its slot in the report, and its arguments after the tensors.
+        next: the step that came after it last time.
+    """
+
+    __slots__ = ("calls", "next", "plan")
+
+    def __init__(self, plan: Plan, call: Call) -> None:
+        self.plan = plan
+        self.calls = tuple([("step" if i == 0 else f"step, launch {i + 1}", launch.arguments(call))
+                            for i, launch in enumerate(plan.launches)])
+        self.next: Next | None = None
+
+
+class Next(NamedTuple):
+    """A step in its place within a trajectory, as far as the step before it does not determine it.
+
+    Attributes:
+        key: of the call, all that the step depends on.
+        step: the step.
+        inputs: where its history is among the scheduler's books.
+        choices: what serves its launches.
+    """
+
+    key: tuple[Any, ...]
+    step: Step
+    inputs: tuple[int, ...]
+    choices: tuple[Choice, ...]
 
 
 def plan_of(step: LinearStep) -> Plan:

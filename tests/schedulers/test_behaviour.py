@@ -18,7 +18,7 @@ from fastdiff.patching import patch, patch_of, unpatch
 from fastdiff.patching._site import site_of
 from fastdiff.schedulers import SAMPLERS
 from fastdiff.schedulers.samplers import STOCK
-from fastdiff.schedulers.stepper import MAX_CONFIGURATIONS, REPLACED
+from fastdiff.schedulers.schedule import MAX_CONFIGURATIONS, REPLACED
 
 DPM = "DPMSolverMultistepScheduler"
 CORE = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", DPM)
@@ -298,7 +298,7 @@ def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     for steps in range(5, 6 + MAX_CONFIGURATIONS):
         scheduler.set_timesteps(steps)
     state: Any = site_of(scheduler).state  # type: ignore[union-attr]
-    assert len(state._configurations) == MAX_CONFIGURATIONS
+    assert len(state.schedule.configurations) == MAX_CONFIGURATIONS
 
 
 @pytest.mark.parametrize("name", [n for n in AVAILABLE if "add_noise" in vars(make(n, True))])
