@@ -64,16 +64,22 @@ class Step:
 
     Attributes:
         plan: what it does.
-        calls: of the op, one per launch: its slot in the report, and its arguments after the tensors.
+        calls: of the op, one per launch: its slot in the report, the positions of the history among the values,
+            whether it takes noise, its arguments after the tensors, whether it has a third result.
+        names: of the fields of the result.
         next: the step that came after it last time.
     """
 
-    __slots__ = ("calls", "next", "plan")
+    __slots__ = ("calls", "names", "next", "plan")
 
     def __init__(self, plan: Plan, call: Call) -> None:
         self.plan = plan
-        self.calls = tuple([("step" if i == 0 else f"step, launch {i + 1}", launch.arguments(call))
-                            for i, launch in enumerate(plan.launches)])
+        self.calls = tuple([
+            (f"step, launch {i + 1}" if i else "step", launch.history, launch.noise, launch.arguments(call),
+             bool(launch.kept))
+            for i, launch in enumerate(plan.launches)
+        ])
+        self.names = tuple([name for name, _ in plan.fields])
         self.next: Next | None = None
 
 
@@ -83,13 +89,11 @@ class Next(NamedTuple):
     Attributes:
         key: of the call, all that the step depends on.
         step: the step.
-        inputs: where its history is among the scheduler's books.
         choices: what serves its launches.
     """
 
     key: tuple[Any, ...]
     step: Step
-    inputs: tuple[int, ...]
     choices: tuple[Choice, ...]
 
 

@@ -156,9 +156,9 @@ class Schedule:
         if axes != per_sample or (axes and any(timestep.stride())):
             return None
         known = self._moments.get(timestep.data_ptr())
-        if known is not None and known.dtype is timestep.dtype and known.axes == axes:
-            if timestep.device == self.scheduler.timesteps.device:
-                return known
+        fits = known is not None and known.dtype is timestep.dtype and known.axes == axes
+        if fits and timestep.device == self.scheduler.timesteps.device:
+            return known
         return Moment(timestep[(0,) * axes].item(), timestep.dtype, axes)
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from operator import is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdiff.backends import Choice, overridden
+from fastdiff.backends import Choice, override_key
 from fastdiff.ops import scheduler_step
 from fastdiff.patching._site import Site
-from fastdiff.schedulers.plan import Next, Step, plan_of
+from fastdiff.schedulers.plan import After, Next, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
 from fastdiff.schedulers.schedule import Configuration, Schedule
@@ -140,30 +140,32 @@ class Stepper:
         if sampler.by_timestep:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
         # All that the scheduler does not hold. The types come before the values: tensors do not compare.
-        key = (site.backend, overridden(), forward_ad._current_level, [*map(type, others)], others, moments,
-               [*map(_layout, (sample, model_output, noise, *tensors))])
-        books, last = self._books(), self._last
-        if last is not None and not (len(books) == len(self._left) and all(map(is_, books, self._left))):
+        key = (site.backend, override_key(), forward_ad._current_level, [*map(type, others)], others, moments,
+               _layout(sample), sample.stride(), _layout(model_output), model_output.stride(),
+               [(_layout(t), t.stride()) for t in (noise, *tensors) if isinstance(t, Tensor)])
+        held, last = self._held(), self._last
+        if last is not None and not _same(held, self._left):
             last = None
-        books += tensors
         choices: tuple[Choice, ...] = ()
         if last is not None and last.next is not None and last.next.key == key:
-            _, step, inputs, choices = last.next
+            _, step, choices = last.next
         else:
-            arguments = _Arguments(sample, model_output, noise, tensors, timestep, times, moments, others)
-            found = self._find(configuration, arguments)
+            found = self._find(configuration, _Arguments(sample, model_output, noise, tensors, timestep, times, moments,
+                                                         others))
             if isinstance(found, str):
                 return found
-            step, inputs = found
-        values = [sample, model_output, None, noise, None, *[books[i] for i in inputs]]
+            step = found
+        values = [sample, model_output, None, noise, None]
+        for entry in (*held[: len(sampler.history)], *tensors):
+            values += [t for t in (entry if type(entry) is list else (entry,)) if isinstance(t, Tensor)]
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in values):
             return "a gradient is needed"
         result, chosen = self._run(site, step, values, generator, timestep, choices)
         if last is not None and not choices:
-            last.next = Next(key, step, inputs, chosen)
+            last.next = Next(key, step, chosen)
         if moments and moments[0] and sampler.past is not None:
             self._past = [*self._past, (timestep, moments[0])][-MAX_PAST:]
-        self._last, self._left = step, self._books()
+        self._last, self._left = step, [v.copy() if type(v) is list else v for v in self._held()]
         return result
 
     def _arrange(self, form: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
@@ -178,22 +180,13 @@ class Stepper:
         self._forms[form] = ordered if fits else None
         return self._forms[form]
 
-    def _books(self) -> list[Any]:
-        """What the scheduler keeps between steps; lists come with their lengths."""
+    def _held(self) -> list[Any]:
+        """What the scheduler keeps between steps: history, counters, earlier timesteps."""
         attributes = vars(self.scheduler)
-        books: list[Any] = []
-        for name in self._kept:
-            value = attributes.get(name)
-            if type(value) is list:
-                books.append(len(value))
-                books += value
-            else:
-                books.append(value)
-        return books
+        return [attributes.get(name) for name in self._kept]
 
-    def _find(self, configuration: Configuration, arguments: _Arguments) -> tuple[Step, tuple[int, ...]] | str:
-        """The step by all that it depends on, and where its history is among the books and the tensors of the call;
-        or why there is none."""
+    def _find(self, configuration: Configuration, arguments: _Arguments) -> Step | str:
+        """The step by all that it depends on, or why there is none."""
         sample, model_output, noise, tensors, timestep, times, moments, others = arguments
         sampler, attributes = self.sampler, vars(self.scheduler)
         shape, device = sample.shape, sample.device
@@ -214,44 +207,34 @@ class Stepper:
         if attributes.get("_step_index", 0) is None:
             begin = attributes.get("_begin_index")
             moments = moments or [self.schedule.moment(timestep, sampler.per_sample)]
-        for name, time, moment in zip((sampler.names[1], *sampler.timesteps), (timestep, *times), moments, strict=False):
-            if moment is None and (time is not None or name == sampler.names[1]):
+        for name, time, moment in zip(("timestep", *sampler.timesteps), (timestep, *times), moments, strict=False):
+            if moment is None and (time is not None or name == "timestep"):
                 return f"{name} is not one number"
         past = self._past_moments()
         if past is None:
             return "an earlier timestep is not one number"
 
-        inputs: list[int] = []
         history: list[Any] = []
-        place = 0
         for entry in (*[attributes.get(name) for name in sampler.history], *tensors):
-            argument = len(history) - len(sampler.history)
-            if argument >= 0:
-                place = argument - len(tensors)  # they come last
             many = type(entry) is list
-            place += many  # after its length
             found: list[Any] = []
             for tensor in entry if many else (entry,):
                 if isinstance(tensor, Tensor):
                     if tensor.shape != shape or tensor.device != device:
                         return "a history tensor differs from the sample in shape or device"
                     found.append(tensor.dtype)
-                    inputs.append(place)
                 elif tensor is None or type(tensor) is int:
                     found.append(tensor)
                 else:
                     return f"the sampler keeps a {type(tensor).__name__}"
-                place += 1
             history.append(tuple(found) if many else found[0])
-
         value = named.get("return_dict")
         call = Call(
             moments[0] if moments else None, begin, sample.dtype, model_output.dtype,
             None if noise is None else noise.dtype, tuple([attributes.get(name) for name in sampler.state]),
             tuple(history), past, scalars, tuple(moments[1:]), None if value is None else bool(value),
         )
-        step = configuration.steps.get(call) or self._probe(configuration, call)
-        return step if isinstance(step, str) else (step, tuple(inputs))
+        return configuration.steps.get(call) or self._probe(configuration, call)
 
     def _past_moments(self) -> tuple[Moment | None, ...] | None:
         """The timesteps before this, with their values where these matter; ``None`` if one has none."""
@@ -263,7 +246,8 @@ class Stepper:
         # The list outlives its schedule, and then a tensor's value could only be read from the device.
         known = {id(t): moment for t, moment in self._past}
         moments = [None if t is None else known.get(id(t)) or self.schedule.moment(t) for t in timesteps]
-        return tuple(moments) if all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True)) else None
+        values = all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True))
+        return tuple(moments) if values else None
 
     def _run(
         self, site: Site, step: Step, values: list[Any], generator: Any, timestep: Any, choices: tuple[Choice, ...]
@@ -274,32 +258,30 @@ class Stepper:
         for position, dtype in enumerate(plan.drawn, NOISE):
             values[position] = self._randn(model_output.shape, generator, device=model_output.device, dtype=dtype)
         chosen = choices
-        for i, launch in enumerate(plan.launches):
-            slot, arguments = step.calls[i]
-            call = (sample, model_output, [values[j] for j in launch.history],
-                    values[NOISE] if launch.noise else None, *arguments)
+        for i, (slot, positions, noise, arguments, keeps) in enumerate(step.calls):
+            call = sample, model_output, [values[j] for j in positions], values[NOISE] if noise else None, *arguments
             if not choices:
                 chosen = *chosen, site.choose(scheduler_step, *call)
             site.note(slot, chosen[i])
             result, entry, kept = chosen[i].run(*call)
             values.append(result)
-            if launch.kept:
+            if keeps:
                 values.append(kept)
             if i == 0:
                 values[CLAMPED] = entry
         attributes = vars(self.scheduler)
         for name, after in plan.history:
-            if type(after) is list:
-                attributes[name][:] = [values[a] if type(a) is int else a.value for a in after]
+            if isinstance(after, list):
+                attributes[name][:] = [_after(values, a) for a in after]
             else:
-                attributes[name] = values[after] if type(after) is int else after.value
+                attributes[name] = _after(values, after)
         for name, value in plan.state:
             attributes[name] = sample.shape[2:] if type(value) is torch.Size else value
         if plan.past:
             past = attributes[self.sampler.past]
             past[:] = [None if j is None else timestep if j < 0 else past[j] for j in plan.past]
-        fields = [(name, values[a] if type(a) is int else a.value) for name, a in plan.fields]
-        output = tuple([value for _, value in fields]) if plan.output is tuple else plan.output(**dict(fields))
+        fields = [_after(values, a) for _, a in plan.fields]
+        output = tuple(fields) if plan.output is tuple else plan.output(**dict(zip(step.names, fields, strict=True)))
         return output, chosen
 
     def _probe(self, configuration: Configuration, call: Call) -> Step | str:
@@ -341,6 +323,17 @@ class _Arguments(NamedTuple):
 _SOME_MOMENT = Moment(0, None)
 
 
-def _layout(t: Any) -> tuple[Any, ...] | None:
-    """What kernels look at of a tensor."""
-    return None if t is None else (type(t), t.dtype, t.shape, t.device, t.stride())
+def _after(values: list[Any], after: After) -> Any:
+    return after.value if isinstance(after, Constant) else values[after]
+
+
+#: What kernels look at of a tensor, besides its strides.
+_layout = attrgetter("__class__", "dtype", "shape", "device")
+
+
+def _same(held: list[Any], left: list[Any]) -> bool:
+    """Whether these are the same objects, in lists too, or equal numbers. Comparing looks at identity first."""
+    try:
+        return held == left
+    except RuntimeError:  # two tensors
+        return False
