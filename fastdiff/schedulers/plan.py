@@ -8,7 +8,17 @@ from typing import Any, NamedTuple
 import torch
 
 from fastdiff.backends import Choice
-from fastdiff.schedulers.probe import CLAMPED, NOISE, SECOND_NOISE, Call, Constant, LinearStep, NotLinear, Source
+from fastdiff.schedulers.probe import (
+    CLAMPED,
+    NOISE,
+    SECOND_NOISE,
+    Call,
+    Computed,
+    Constant,
+    LinearStep,
+    NotLinear,
+    Source,
+)
 
 
 class Launch(NamedTuple):
@@ -47,7 +57,8 @@ class Plan(NamedTuple):
     """One step, ready to run.
 
     The step's values are (sample, model output, new entry, noise, second noise, *history, *results of the
-    launches); fields and history refer to them by position.
+    launches); fields and history refer to them by position. ``blend`` are those of the next sample where a mask is 0,
+    which the blend replaces, and where it is 1.
     """
 
     launches: tuple[Launch, ...]
@@ -57,6 +68,7 @@ class Plan(NamedTuple):
     history: tuple[tuple[str, After | list[After]], ...]
     state: tuple[tuple[str, Any], ...]
     past: tuple[int | None, ...]
+    blend: tuple[int, int] | None = None
 
 
 class Step:
@@ -102,6 +114,9 @@ def plan_of(step: LinearStep) -> Plan:
     if not step.computed:
         raise NotLinear("the step computes nothing")
     inputs = len(step.computed[0].coefficients)
+    computed = step.computed
+    if step.blended is not None:
+        computed = *computed, Computed(step.blended, computed[0].dtype)
     entry: list[float] = []
     entry_dtype, entry_index = None, None
     if step.clamp is not None:
@@ -111,13 +126,13 @@ def plan_of(step: LinearStep) -> Plan:
             if not any(tensor.coefficients[CLAMPED:]):
                 entry, entry_dtype, entry_index = list(tensor.coefficients[:CLAMPED]), tensor.dtype, i
                 break
-    others = [i for i in range(len(step.computed)) if i != entry_index]
+    others = [i for i in range(len(computed)) if i != entry_index]
     positions = {i: inputs + n for n, i in enumerate(others)}
     if entry_index is not None:
         positions[entry_index] = CLAMPED
     launches: list[Launch] = []
     for pair in zip_longest(others[::2], others[1::2]):
-        first, *second = [step.computed[i] for i in pair if i is not None]
+        first, *second = [computed[i] for i in pair if i is not None]
         both = [t.coefficients for t in (first, *second)]
         used = [j for j in range(SECOND_NOISE, inputs) if any(c[j] for c in both)]
         # The entry is written by the first launch; a later one needs it only where it is part of a sum.
@@ -144,4 +159,5 @@ def plan_of(step: LinearStep) -> Plan:
               for name, results in step.history),
         step.state,
         step.past,
+        None if step.blended is None else (positions[0], positions[len(computed) - 1]),
     )

@@ -59,7 +59,7 @@ class Stepper:
         self._names = tuple(p.name for p in parameters)
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         # The order in which a call's arguments are taken; ``None`` is one that this step does not have.
-        self._special = (*sampler.names, sampler.noise, "generator", *sampler.tensors, *sampler.timesteps)
+        self._special = (*sampler.names, sampler.noise, "generator", sampler.mask, *sampler.tensors, *sampler.timesteps)
         self._others = tuple(name for name in self._names if name not in self._special)
         self._rest = (*self._defaults.values(), None)
         self._tensors, self._times = len(sampler.tensors), len(sampler.tensors) + len(sampler.timesteps)
@@ -119,7 +119,7 @@ class Stepper:
         arrange = self._forms[form] if form in self._forms else self._arrange(form)
         if arrange is None:
             return "the arguments do not fit the step"
-        model_output, timestep, sample, noise, generator, *more = arrange((*args, *kwargs.values(), *self._rest))
+        model_output, timestep, sample, noise, generator, mask, *more = arrange((*args, *kwargs.values(), *self._rest))
         if not (isinstance(sample, Tensor) and isinstance(model_output, Tensor)):
             return "the arguments do not fit the step"
         if torch._C._is_any_autocast_enabled():
@@ -142,7 +142,7 @@ class Stepper:
         # All that the scheduler does not hold. The types come before the values: tensors do not compare.
         key = (site.backend, override_key(), forward_ad._current_level, [*map(type, others)], others, moments,
                _layout(sample), sample.stride(), _layout(model_output), model_output.stride(),
-               [(_layout(t), t.stride()) for t in (noise, *tensors) if isinstance(t, Tensor)])
+               [(_layout(t), t.stride()) for t in (noise, mask, *tensors) if isinstance(t, Tensor)])
         held, last = self._held(), self._last
         if last is not None and not _same(held, self._left):
             last = None
@@ -150,17 +150,17 @@ class Stepper:
         if last is not None and last.next is not None and last.next.key == key:
             _, step, choices = last.next
         else:
-            found = self._find(configuration, _Arguments(sample, model_output, noise, tensors, timestep, times, moments,
-                                                         others))
+            found = self._find(configuration, _Arguments(sample, model_output, noise, mask, tensors, timestep, times,
+                                                         moments, others))
             if isinstance(found, str):
                 return found
             step = found
         values = [sample, model_output, None, noise, None]
         for entry in (*held[: len(sampler.history)], *tensors):
             values += [t for t in (entry if type(entry) is list else (entry,)) if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in values):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*values, mask)):
             return "a gradient is needed"
-        result, chosen = self._run(site, step, values, generator, timestep, choices)
+        result, chosen = self._run(site, step, values, generator, mask, timestep, choices)
         if last is not None and not choices:
             last.next = Next(key, step, chosen)
         if moments and moments[0] and sampler.past is not None:
@@ -187,13 +187,15 @@ class Stepper:
 
     def _find(self, configuration: Configuration, arguments: _Arguments) -> Step | str:
         """The step by all that it depends on, or why there is none."""
-        sample, model_output, noise, tensors, timestep, times, moments, others = arguments
+        sample, model_output, noise, mask, tensors, timestep, times, moments, others = arguments
         sampler, attributes = self.sampler, vars(self.scheduler)
         shape, device = sample.shape, sample.device
         if model_output.shape != shape or model_output.device != device or len(shape) < 2:
             return "model_output and sample differ in shape or device, or have one dimension"
         if noise is not None and (noise.shape != shape or noise.device != device):
             return "variance_noise comes in another shape or on another device"
+        if sampler.mask is not None and not _masks(mask, sample):
+            return "the mask has another dtype or device than the sample, or does not broadcast to it"
         named = dict(zip(self._others, others, strict=True))
         for name in self._unknown:
             if named[name] is not self._defaults.get(name, self):
@@ -250,7 +252,8 @@ class Stepper:
         return tuple(moments) if values else None
 
     def _run(
-        self, site: Site, step: Step, values: list[Any], generator: Any, timestep: Any, choices: tuple[Choice, ...]
+        self, site: Site, step: Step, values: list[Any], generator: Any, mask: Any, timestep: Any,
+        choices: tuple[Choice, ...],
     ) -> tuple[Any, tuple[Choice, ...]]:
         """The step's result, and what served its launches: ``choices``, if there are any."""
         plan = step.plan
@@ -269,6 +272,9 @@ class Stepper:
                 values.append(kept)
             if i == 0:
                 values[CLAMPED] = entry
+        if plan.blend is not None:
+            zero, one = plan.blend
+            values[zero] = torch.lerp(values[zero], values[one], mask)
         attributes = vars(self.scheduler)
         for name, after in plan.history:
             if isinstance(after, list):
@@ -313,6 +319,7 @@ class _Arguments(NamedTuple):
     sample: Tensor
     model_output: Tensor
     noise: Any
+    mask: Any
     tensors: list[Any]
     timestep: Any
     times: list[Any]
@@ -321,6 +328,13 @@ class _Arguments(NamedTuple):
 
 
 _SOME_MOMENT = Moment(0, None)
+
+
+def _masks(mask: Any, sample: Tensor) -> bool:
+    if not isinstance(mask, Tensor) or mask.dtype is not sample.dtype or mask.device != sample.device:
+        return False
+    sizes = (1,) * (sample.dim() - mask.dim()) + mask.shape
+    return len(sizes) == sample.dim() and all(m in (1, s) for m, s in zip(sizes, sample.shape, strict=True))
 
 
 def _after(values: list[Any], after: After) -> Any:

@@ -28,6 +28,7 @@ AVAILABLE = [name for name in SAMPLERS if hasattr(diffusers.schedulers, name)]
 SCHEDULES: dict[str, dict[str, Any]] = {
     "ConsistencyDecoderScheduler": {"num_inference_steps": 2},
     "HeliosScheduler": {"stage_index": 1},
+    "RePaintScheduler": {"jump_n_sample": 1},  # its pipeline undoes steps where the timesteps jump back
     "SCMScheduler": {"intermediate_timesteps": None},
 }
 #: These list where the last step ends as well.
@@ -88,7 +89,9 @@ class Walk:
         """The step at ``timesteps[index]``."""
         arguments = {**self.arguments, **self._times[index], **more}
         model_name, time_name, sample_name = self.sampler.names
-        if self.name == "CogVideoXDPMScheduler":
+        if self.name == "RePaintScheduler":
+            arguments["original_image"], arguments["mask"] = image_and_mask(sample)
+        elif self.name == "CogVideoXDPMScheduler":
             arguments["old_pred_original_sample"] = self.clean
         elif self.sampler.per_sample:
             arguments[time_name] = arguments[time_name].expand(len(sample))
@@ -98,6 +101,18 @@ class Walk:
         output = getattr(self.scheduler, self.sampler.method)(**arguments)
         self.clean = fields(output).get("1")
         return output
+
+
+_images: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def image_and_mask(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Of numbers that every float dtype holds; the mask, of one channel, has halves too."""
+    key = like.shape, like.dtype
+    if key not in _images:
+        numbers = torch.arange(like.numel()).view(like.shape)
+        _images[key] = ((numbers % 17 - 8) / 8).to(like.dtype), (numbers[:, :1] % 3 / 2).to(like.dtype)
+    return _images[key]
 
 
 def fields(output: Any) -> dict[str, Any]:
