@@ -113,8 +113,8 @@ def test_changes_in_the_middle(change: Callable[[Any], None]) -> None:
             scheduler.set_timesteps(6)
             scheduler.config.lower_order_final = True
             sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-            model_output = sample.flip(0)
-            for i, t in enumerate(scheduler.timesteps[:5]):
+            model_outputs = [sample.roll(i, 0) for i in range(1, 6)]
+            for i, (t, model_output) in enumerate(zip(scheduler.timesteps, model_outputs, strict=False)):
                 if generation == 2 and i == 4:
                     change(scheduler)
                 sample = scheduler.step(model_output, t, sample).prev_sample
