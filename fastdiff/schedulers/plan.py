@@ -71,7 +71,20 @@ class Plan(NamedTuple):
     blend: tuple[int, int] | None = None
 
 
-class Step:
+class Place:
+    """Where a trajectory is: at its start, or after a step.
+
+    Attributes:
+        next: the step that came next from here last time.
+    """
+
+    __slots__ = ("next",)
+
+    def __init__(self) -> None:
+        self.next: Next | None = None
+
+
+class Step(Place):
     """A step that is known.
 
     Attributes:
@@ -79,12 +92,12 @@ class Step:
         calls: of the op, one per launch: its slot in the report, the positions of the history among the values,
             whether it takes noise, its arguments after the tensors, whether it has a third result.
         names: of the fields of the result.
-        next: the step that came after it last time.
     """
 
-    __slots__ = ("calls", "names", "next", "plan")
+    __slots__ = ("calls", "names", "plan")
 
     def __init__(self, plan: Plan, call: Call) -> None:
+        super().__init__()
         self.plan = plan
         self.calls = tuple([
             (f"step, launch {i + 1}" if i else "step", launch.history, launch.noise, launch.arguments(call),
@@ -92,11 +105,10 @@ class Step:
             for i, launch in enumerate(plan.launches)
         ])
         self.names = tuple([name for name, _ in plan.fields])
-        self.next: Next | None = None
 
 
 class Next(NamedTuple):
-    """A step in its place within a trajectory, as far as the step before it does not determine it.
+    """The step that comes next, and all that it depends on besides its place.
 
     Attributes:
         key: of the call, all that the step depends on.

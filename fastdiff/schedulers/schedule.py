@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastdiff.patching._patch import PATCH
 from fastdiff.patching._site import SITE
-from fastdiff.schedulers.plan import Step
+from fastdiff.schedulers.plan import Place, Step
 from fastdiff.schedulers.probe import Call, Moment, twin_of
 from fastdiff.schedulers.samplers import Sampler, unsupported
 
@@ -29,7 +29,11 @@ _version = attrgetter("_version")
 
 
 class Configuration:
-    """One state of the options and the schedule, and the steps that are known in it."""
+    """One state of the options and the schedule, and the steps that are known in it.
+
+    Attributes:
+        origin: the place before the first step, where the scheduler holds what is in ``held``.
+    """
 
     def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
         self.reason = unsupported(scheduler)
@@ -39,6 +43,8 @@ class Configuration:
         if isinstance(timesteps, Tensor) and timesteps.dim() == 1:
             self.moments = [Moment(t, timesteps.dtype, int(sampler.per_sample)) for t in timesteps.tolist()]
         self.steps: dict[Call, Step | str] = {}
+        self.origin = Place()
+        self.held: list[Any] | None = None
         self._starts: dict[int | float, int] = {}
         self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
 
@@ -60,10 +66,10 @@ class Schedule:
 
     Attributes:
         configurations: those seen, the latest last.
-        changed: called before another one is taken up.
+        changed: called with the one taken up.
     """
 
-    def __init__(self, scheduler: Any, sampler: Sampler, changed: Callable[[], None]) -> None:
+    def __init__(self, scheduler: Any, sampler: Sampler, changed: Callable[[Configuration], None]) -> None:
         self.scheduler = scheduler
         self.sampler = sampler
         self.changed = changed
@@ -108,7 +114,6 @@ class Schedule:
 
     def read(self) -> None:
         """Find or make the configuration of the scheduler's present options and schedule."""
-        self.changed()
         attributes = vars(self.scheduler)
         names = [name for name in attributes if name not in self._not_fixed]
         self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
@@ -133,6 +138,7 @@ class Schedule:
             timesteps = self.scheduler.timesteps
             first, step = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
             self._moments = dict(zip(itertools.count(first, step), found.moments, strict=False))
+        self.changed(found)
 
     def _freeze(self, name: str, value: Any) -> Any:
         """:func:`_frozen`, unless that was done for this very object and nobody wrote to it."""

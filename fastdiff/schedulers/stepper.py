@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fastdiff.backends import Choice, override_key
 from fastdiff.ops import scheduler_step
 from fastdiff.patching._site import Site
-from fastdiff.schedulers.plan import After, Next, Step, plan_of
+from fastdiff.schedulers.plan import After, Next, Place, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
 from fastdiff.schedulers.schedule import Configuration, Schedule
@@ -66,15 +66,22 @@ class Stepper:
         self._unknown = tuple(name for name in self._others if name not in (*sampler.scalars, "return_dict"))
         self._forms: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
         self._kept = (*sampler.history, *sampler.state, *([] if sampler.past is None else [sampler.past]))
-        self.schedule = Schedule(self.scheduler, sampler, self._forget)
+        self.schedule = Schedule(self.scheduler, sampler, self._start)
         self._moved: tuple[Tensor, int, Tensor] | None = None
-        self._past: list[tuple[Any, Moment]] = []
-        self._forget()
-
-    def _forget(self) -> None:
-        """Find the next step by all that it depends on."""
-        self._last: Step | None = None
+        self._past: list[tuple[Any, Moment | None]] = []
+        # Where the trajectory is, and what the scheduler held there.
+        self._place: Place | None = None
         self._left: list[Any] = []
+
+    def _start(self, configuration: Configuration) -> None:
+        """A trajectory starts, if the scheduler holds no tensors."""
+        held = self._held()
+        if any(isinstance(t, Tensor) for v in held for t in (v if type(v) is list else (v,))):
+            self._place, self._left = None, []
+            return
+        self._place, self._left = configuration.origin, held
+        if held != configuration.held:
+            configuration.origin.next, configuration.held = None, held
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The stock ``set_timesteps``; then reads the schedule from its device, so that no step has to."""
@@ -136,22 +143,27 @@ class Stepper:
             return "variance_noise comes with a generator"
 
         tensors, times, others = more[: self._tensors], more[self._tensors : self._times], more[self._times :]
+        begin = None
         moments: list[Moment | None] = []
-        if sampler.by_timestep:
+        attributes = vars(self.scheduler)
+        first = attributes.get("_step_index", 0) is None
+        if first:
+            begin = attributes.get("_begin_index")
+        if sampler.by_timestep or first:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
         # All that the scheduler does not hold. The types come before the values: tensors do not compare.
-        key = (site.backend, override_key(), forward_ad._current_level, [*map(type, others)], others, moments,
+        key = (site.backend, override_key(), forward_ad._current_level, [*map(type, others)], others, begin, moments,
                _layout(sample), sample.stride(), _layout(model_output), model_output.stride(),
                [(_layout(t), t.stride()) for t in (noise, mask, *tensors) if isinstance(t, Tensor)])
-        held, last = self._held(), self._last
-        if last is not None and not _same(held, self._left):
-            last = None
+        held, place = self._held(), self._place
+        if place is not None and not _same(held, self._left):
+            place = None
         choices: tuple[Choice, ...] = ()
-        if last is not None and last.next is not None and last.next.key == key:
-            _, step, choices = last.next
+        if place is not None and place.next is not None and place.next.key == key:
+            _, step, choices = place.next
         else:
             found = self._find(configuration, _Arguments(sample, model_output, noise, mask, tensors, timestep, times,
-                                                         moments, others))
+                                                         moments, begin, others))
             if isinstance(found, str):
                 return found
             step = found
@@ -161,11 +173,11 @@ class Stepper:
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*values, mask)):
             return "a gradient is needed"
         result, chosen = self._run(site, step, values, generator, mask, timestep, choices)
-        if last is not None and not choices:
-            last.next = Next(key, step, chosen)
-        if moments and moments[0] and sampler.past is not None:
+        if place is not None and not choices:
+            place.next = Next(key, step, chosen)
+        if sampler.by_timestep and sampler.past is not None:
             self._past = [*self._past, (timestep, moments[0])][-MAX_PAST:]
-        self._last, self._left = step, [v.copy() if type(v) is list else v for v in self._held()]
+        self._place, self._left = step, self._held()
         return result
 
     def _arrange(self, form: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
@@ -183,11 +195,12 @@ class Stepper:
     def _held(self) -> list[Any]:
         """What the scheduler keeps between steps: history, counters, earlier timesteps."""
         attributes = vars(self.scheduler)
-        return [attributes.get(name) for name in self._kept]
+        held = [attributes.get(name) for name in self._kept]
+        return [v.copy() if type(v) is list else v for v in held]
 
     def _find(self, configuration: Configuration, arguments: _Arguments) -> Step | str:
         """The step by all that it depends on, or why there is none."""
-        sample, model_output, noise, mask, tensors, timestep, times, moments, others = arguments
+        sample, model_output, noise, mask, tensors, timestep, times, moments, begin, others = arguments
         sampler, attributes = self.sampler, vars(self.scheduler)
         shape, device = sample.shape, sample.device
         if model_output.shape != shape or model_output.device != device or len(shape) < 2:
@@ -205,10 +218,6 @@ class Stepper:
             if not isinstance(scalar, (int, float)):
                 return f"an argument of the step is a {type(scalar).__name__}, not a number"
 
-        begin = None
-        if attributes.get("_step_index", 0) is None:
-            begin = attributes.get("_begin_index")
-            moments = moments or [self.schedule.moment(timestep, sampler.per_sample)]
         for name, time, moment in zip(("timestep", *sampler.timesteps), (timestep, *times), moments, strict=False):
             if moment is None and (time is not None or name == "timestep"):
                 return f"{name} is not one number"
@@ -314,7 +323,8 @@ class Stepper:
 
 
 class _Arguments(NamedTuple):
-    """Those of a step; ``moments`` are the values of ``timestep`` and ``times``, if the step depends on them."""
+    """Those of a step; ``moments`` are the values of ``timestep`` and ``times``, and ``begin`` is that of
+    ``_begin_index``, where the step depends on them."""
 
     sample: Tensor
     model_output: Tensor
@@ -324,6 +334,7 @@ class _Arguments(NamedTuple):
     timestep: Any
     times: list[Any]
     moments: list[Moment | None]
+    begin: int | None
     others: list[Any]
 
 

@@ -67,7 +67,10 @@ def test_attributes_replaced_between_steps() -> None:
 
 @every_sampler
 def test_later_generations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps that follow each other as before are found at once, all but the first, and are the same."""
+    """Steps that follow each other as before are found at once, and are the same.
+
+    But for the first where ``scale_model_input`` has counted it, or a history is left from before.
+    """
     found: list[Any] = []
     find = Stepper._find
     monkeypatch.setattr(Stepper, "_find", lambda *args: found.append(1) or find(*args))
@@ -75,7 +78,7 @@ def test_later_generations(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for _ in range(3):
         found.clear()
         compare(stock, patched, steps=6)
-    assert len(found) == 1
+    assert len(found) <= 1
 
 
 def _replace_history(scheduler: Any) -> None:

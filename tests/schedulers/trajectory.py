@@ -99,7 +99,8 @@ class Walk:
             self.scheduler.scale_model_input(sample, arguments[time_name])
         arguments |= {model_name: model_output, sample_name: sample}
         output = getattr(self.scheduler, self.sampler.method)(**arguments)
-        self.clean = fields(output).get("1")
+        if self.name == "CogVideoXDPMScheduler":
+            self.clean = output[1]
         return output
 
 
