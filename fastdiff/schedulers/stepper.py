@@ -75,7 +75,7 @@ class Stepper:
 
     def _start(self, configuration: Configuration) -> None:
         """A trajectory starts, if the scheduler holds no tensors."""
-        held = self._held()
+        held = _copies(self._held())
         if any(isinstance(t, Tensor) for v in held for t in (v if type(v) is list else (v,))):
             self._place, self._left = None, []
             return
@@ -153,10 +153,10 @@ class Stepper:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
         # All that the scheduler does not hold. The types come before the values: tensors do not compare.
         key = (site.backend, override_key(), forward_ad._current_level, [*map(type, others)], others, begin, moments,
-               _layout(sample), sample.stride(), _layout(model_output), model_output.stride(),
-               [(_layout(t), t.stride()) for t in (noise, mask, *tensors) if isinstance(t, Tensor)])
+               [_kind(t) for t in (sample, model_output, noise, mask, *tensors) if t is not None])
         held, place = self._held(), self._place
-        if place is not None and not _same(held, self._left):
+        # Of a contiguous sample, kernels take history in any layout.
+        if not (sample.is_contiguous() and _same(held, self._left)):
             place = None
         choices: tuple[Choice, ...] = ()
         if place is not None and place.next is not None and place.next.key == key:
@@ -177,7 +177,7 @@ class Stepper:
             place.next = Next(key, step, chosen)
         if sampler.by_timestep and sampler.past is not None:
             self._past = [*self._past, (timestep, moments[0])][-MAX_PAST:]
-        self._place, self._left = step, self._held()
+        self._place, self._left = step, _copies(self._held())
         return result
 
     def _arrange(self, form: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
@@ -194,9 +194,7 @@ class Stepper:
 
     def _held(self) -> list[Any]:
         """What the scheduler keeps between steps: history, counters, earlier timesteps."""
-        attributes = vars(self.scheduler)
-        held = [attributes.get(name) for name in self._kept]
-        return [v.copy() if type(v) is list else v for v in held]
+        return list(map(vars(self.scheduler).get, self._kept))
 
     def _find(self, configuration: Configuration, arguments: _Arguments) -> Step | str:
         """The step by all that it depends on, or why there is none."""
@@ -352,13 +350,18 @@ def _after(values: list[Any], after: After) -> Any:
     return after.value if isinstance(after, Constant) else values[after]
 
 
-#: What kernels look at of a tensor, besides its strides.
-_layout = attrgetter("__class__", "dtype", "shape", "device")
+#: What kernels look at of a tensor, besides its layout.
+_kind = attrgetter("__class__", "dtype", "shape", "device")
+
+
+def _copies(held: list[Any]) -> list[Any]:
+    """The same objects, in lists of their own."""
+    return [v.copy() if type(v) is list else v for v in held]
 
 
 def _same(held: list[Any], left: list[Any]) -> bool:
     """Whether these are the same objects, in lists too, or equal numbers. Comparing looks at identity first."""
     try:
         return held == left
-    except RuntimeError:  # two tensors
+    except (RuntimeError, ValueError):  # two tensors, two arrays
         return False

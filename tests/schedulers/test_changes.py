@@ -136,6 +136,8 @@ def _step(scheduler: Any, change: str, sample: torch.Tensor, index: int) -> Any:
     model_output, t = sample.flip(0), scheduler.timesteps[index]
     if index != 3:
         return scheduler.step(model_output, t, sample)
+    if change == "contiguous":
+        sample = sample.contiguous()
     if change == "dtype":
         model_output = model_output.half()
     elif change == "layout":
@@ -153,7 +155,7 @@ def _step(scheduler: Any, change: str, sample: torch.Tensor, index: int) -> Any:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("change", ["dtype", "layout", "gradient", "tuple", "backend"])
+@pytest.mark.parametrize("change", ["dtype", "layout", "contiguous", "gradient", "tuple", "backend"])
 def test_another_call_in_the_middle(change: str) -> None:
     """A call unlike the one that came next before is served as what it is."""
     served_by = {"gradient": "stock: a gradient is needed", "backend": "eager", "layout": "eager"}
@@ -164,6 +166,8 @@ def test_another_call_in_the_middle(change: str) -> None:
             scheduler.set_timesteps(5)
             sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
             for index in range(5):
+                if change == "contiguous":  # the others are not
+                    sample = sample.to(memory_format=torch.channels_last)
                 sample = _step(scheduler, change if generation == 2 else "", sample, index).prev_sample
                 if patched and generation == 2 and index == 3:
                     assert served(scheduler) == served_by.get(change, "cpu")
