@@ -103,11 +103,6 @@ def overridden() -> tuple[str | None, bool]:
     return wanted
 
 
-def override_key() -> tuple[Any, ...]:
-    """Of the choice that :func:`overridden` tells, quicker; compares equal while that stays."""
-    return tuple(vars(_override).values())
-
-
 @contextlib.contextmanager
 def use_backend(backend: str, *, strict: bool = False) -> Iterator[None]:
     """Within the block, and in this thread, let only ``backend`` serve the ops.

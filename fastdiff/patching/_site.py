@@ -202,7 +202,7 @@ class Site:
 
     def note(self, slot: str, choice: Choice) -> None:
         """Note what serves this call under ``slot``."""
-        if self.served.get(slot) is not choice and not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and self.served.get(slot) is not choice:
             self.served[slot] = choice
             self.declined = ""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdiff.backends import Choice, override_key
+from fastdiff.backends import Choice, overridden
 from fastdiff.ops import scheduler_step
 from fastdiff.patching._site import Site
 from fastdiff.schedulers.plan import After, Next, Place, Step, plan_of
@@ -152,7 +152,7 @@ class Stepper:
         if sampler.by_timestep or first:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
         # All that the scheduler does not hold. The types come before the values: tensors do not compare.
-        key = (site.backend, override_key(), forward_ad._current_level, [*map(type, others)], others, begin, moments,
+        key = (site.backend, overridden(), forward_ad._current_level, [*map(type, others)], others, begin, moments,
                [_kind(t) for t in (sample, model_output, noise, mask, *tensors) if t is not None])
         held, place = self._held(), self._place
         # Of a contiguous sample, kernels take history in any layout.
