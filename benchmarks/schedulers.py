@@ -44,21 +44,23 @@ TARGETS = {"DPM++ 2M": 4.0, "UniPC": 50.0, "LMS": 50.0}
 
 
 def generation(scheduler: Any) -> Callable[[], int]:
-    """A whole generation with given model outputs; returns the number of steps."""
-    from trajectory import Walk, fields, set_timesteps
+    """A whole generation with given model outputs, called as pipelines do; returns the number of steps."""
+    from trajectory import Walk, set_timesteps
 
     generator = torch.Generator().manual_seed(0)
     first, model_output = torch.randn(SHAPE, generator=generator), torch.randn(SHAPE, generator=generator)
     # Scaling the model's input is not part of a step; the step asks whether it was done.
     if hasattr(scheduler, "is_scale_input_called"):
         scheduler.is_scale_input_called = True
+    arguments = {} if type(scheduler).__name__ == "ScoreSdeVpScheduler" else {"return_dict": False}
 
+    @torch.no_grad()
     def generate() -> int:
         set_timesteps(scheduler, STEPS)
-        walk, sample = Walk(scheduler), first
+        walk, sample = Walk(scheduler, **arguments), first
         walk.scaled = False
         for index in range(len(walk.timesteps)):
-            sample = fields(walk.step(index, model_output, sample))["prev_sample"]
+            sample = walk.step(index, model_output, sample)[0]
         return len(walk.timesteps)
 
     return generate

@@ -206,13 +206,16 @@ class Site:
 
     def serve(self, slot: str, op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``op`` by whatever serves it, and note that under ``slot``."""
-        if self.backend is None:
-            choice = op.choose(*args, **kwargs)
-        else:
-            with use_backend(self.backend):
-                choice = op.choose(*args, **kwargs)
+        choice = self.choose(op, *args, **kwargs)
         self.note(slot, choice)
         return choice.run(*args, **kwargs)
+
+    def choose(self, op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Choice:
+        """What serves this call of ``op`` here."""
+        if self.backend is None:
+            return op.choose(*args, **kwargs)
+        with use_backend(self.backend):
+            return op.choose(*args, **kwargs)
 
     def note(self, slot: str, choice: Choice) -> None:
         """Note what serves this call under ``slot``."""

@@ -7,7 +7,18 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastdiff.schedulers.probe import CLAMPED, NOISE, SECOND_NOISE, Call, Constant, LinearStep, NotLinear, Source
+from fastdiff.backends import Choice
+from fastdiff.schedulers.probe import (
+    CLAMPED,
+    NOISE,
+    SECOND_NOISE,
+    Call,
+    Computed,
+    Constant,
+    LinearStep,
+    NotLinear,
+    Source,
+)
 
 
 class Launch(NamedTuple):
@@ -23,13 +34,19 @@ class Launch(NamedTuple):
     kept: list[float]
     kept_dtype: torch.dtype | None
 
-    def with_defaults(self, call: Call) -> Launch:
-        """Without the dtypes that the op takes by itself: each costs as much as a lookup."""
-        return self._replace(
-            prev_dtype=None if self.prev_dtype == call.sample else self.prev_dtype,
-            entry_dtype=None if self.entry_dtype == call.model_output else self.entry_dtype,
-            kept_dtype=None if self.kept_dtype == call.sample else self.kept_dtype,
-        )
+    def arguments(self, call: Call) -> tuple[Any, ...]:
+        """Those of the op after its tensors, without the defaults at the end and the dtypes that it takes by itself:
+        each costs time."""
+        arguments: list[Any] = [
+            self.prev, self.entry, self.clip,
+            None if self.prev_dtype == call.sample else self.prev_dtype,
+            None if self.entry_dtype == call.model_output else self.entry_dtype,
+            self.kept,
+            None if self.kept_dtype == call.sample else self.kept_dtype,
+        ]
+        while arguments[-1] in (None, []) and len(arguments) > 2:
+            arguments.pop()
+        return tuple(arguments)
 
 
 #: A value after the step: the position of a tensor among the step's values, or what is no tensor.
@@ -40,7 +57,8 @@ class Plan(NamedTuple):
     """One step, ready to run.
 
     The step's values are (sample, model output, new entry, noise, second noise, *history, *results of the
-    launches); fields and history refer to them by position.
+    launches); fields and history refer to them by position. ``blend`` are those of the next sample where a mask is 0,
+    which the blend replaces, and where it is 1.
     """
 
     launches: tuple[Launch, ...]
@@ -50,6 +68,57 @@ class Plan(NamedTuple):
     history: tuple[tuple[str, After | list[After]], ...]
     state: tuple[tuple[str, Any], ...]
     past: tuple[int | None, ...]
+    blend: tuple[int, int] | None = None
+
+
+class Place:
+    """Where a trajectory is: at its start, or after a step.
+
+    Attributes:
+        next: the step that came next from here last time.
+    """
+
+    __slots__ = ("next",)
+
+    def __init__(self) -> None:
+        self.next: Next | None = None
+
+
+class Step(Place):
+    """A step that is known.
+
+    Attributes:
+        plan: what it does.
+        calls: of the op, one per launch: its slot in the report, the positions of the history among the values,
+            whether it takes noise, its arguments after the tensors, whether it has a third result.
+        names: of the fields of the result.
+    """
+
+    __slots__ = ("calls", "names", "plan")
+
+    def __init__(self, plan: Plan, call: Call) -> None:
+        super().__init__()
+        self.plan = plan
+        self.calls = tuple([
+            (f"step, launch {i + 1}" if i else "step", launch.history, launch.noise, launch.arguments(call),
+             bool(launch.kept))
+            for i, launch in enumerate(plan.launches)
+        ])
+        self.names = tuple([name for name, _ in plan.fields])
+
+
+class Next(NamedTuple):
+    """The step that comes next, and all that it depends on besides its place.
+
+    Attributes:
+        key: of the call, all that the step depends on.
+        step: the step.
+        choices: what serves its launches.
+    """
+
+    key: tuple[Any, ...]
+    step: Step
+    choices: tuple[Choice, ...]
 
 
 def plan_of(step: LinearStep) -> Plan:
@@ -57,6 +126,9 @@ def plan_of(step: LinearStep) -> Plan:
     if not step.computed:
         raise NotLinear("the step computes nothing")
     inputs = len(step.computed[0].coefficients)
+    computed = step.computed
+    if step.blended is not None:
+        computed = *computed, Computed(step.blended, computed[0].dtype)
     entry: list[float] = []
     entry_dtype, entry_index = None, None
     if step.clamp is not None:
@@ -66,13 +138,13 @@ def plan_of(step: LinearStep) -> Plan:
             if not any(tensor.coefficients[CLAMPED:]):
                 entry, entry_dtype, entry_index = list(tensor.coefficients[:CLAMPED]), tensor.dtype, i
                 break
-    others = [i for i in range(len(step.computed)) if i != entry_index]
+    others = [i for i in range(len(computed)) if i != entry_index]
     positions = {i: inputs + n for n, i in enumerate(others)}
     if entry_index is not None:
         positions[entry_index] = CLAMPED
     launches: list[Launch] = []
     for pair in zip_longest(others[::2], others[1::2]):
-        first, *second = [step.computed[i] for i in pair if i is not None]
+        first, *second = [computed[i] for i in pair if i is not None]
         both = [t.coefficients for t in (first, *second)]
         used = [j for j in range(SECOND_NOISE, inputs) if any(c[j] for c in both)]
         # The entry is written by the first launch; a later one needs it only where it is part of a sum.
@@ -99,4 +171,5 @@ def plan_of(step: LinearStep) -> Plan:
               for name, results in step.history),
         step.state,
         step.past,
+        None if step.blended is None else (positions[0], positions[len(computed) - 1]),
     )

@@ -114,6 +114,8 @@ class LinearStep(NamedTuple):
 
     Attributes:
         computed: the tensors it computes; the next sample first.
+        blended: coefficients of the next sample where the mask is 1, if there is a mask; the computed one is where it
+            is 0.
         clamp: what it clamps, if it does.
         drawn: dtypes of the noise it draws.
         output: class of its result, and where each field comes from (names are empty for a tuple).
@@ -124,6 +126,7 @@ class LinearStep(NamedTuple):
     """
 
     computed: tuple[Computed, ...]
+    blended: tuple[float, ...] | None
     clamp: Clamp | None
     drawn: tuple[torch.dtype, ...]
     output: tuple[type, tuple[tuple[str, Source | Constant], ...]]
@@ -183,8 +186,26 @@ def probe(twin: Any, sampler: Sampler, call: Call) -> LinearStep:
         for name, a, b in zip(sampler.history, history, typed_history, strict=True)
     )
     clamp = exact.clamp(slots, typed.inputs[CLAMPED].dtype)
-    return LinearStep(tuple(computed), clamp, tuple(typed.drawn), (type(output), fields), after,
+    blended = None
+    if sampler.mask is not None:
+        blended = _blended(twin, sampler, call, slots, computed[0])
+    return LinearStep(tuple(computed), blended, clamp, tuple(typed.drawn), (type(output), fields), after,
                       tuple(zip(sampler.state, state, strict=True)), past)
+
+
+def _blended(twin: Any, sampler: Sampler, call: Call, slots: Tensor, first: Computed) -> tuple[float, ...]:
+    """The next sample's coefficients where the mask is 1; ``first`` is that where it is 0."""
+    if first.dtype is not call.sample:
+        raise NotLinear("the next sample has another dtype than the mask")
+
+    def masked(mask: float) -> tuple[float, ...]:
+        output, *_ = _step(twin, sampler, call, _Recorder([row.clone().view(1, -1, 1, 1) for row in slots]), mask)
+        return _coefficients(_fields(output)[0][1], slots)
+
+    zero, half, one = np.array(first.coefficients), np.array(masked(0.5)), np.array(masked(1.0))
+    if not (abs(half - (zero + one) / 2) <= _TOLERANCE * (abs(zero) + abs(one))).all():
+        raise NotLinear("the step does not blend two samples by its mask")
+    return tuple(one.tolist())
 
 
 class _Recorder(TorchFunctionMode):
@@ -244,7 +265,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _step(
-    twin: Any, sampler: Sampler, call: Call, recorder: _Recorder
+    twin: Any, sampler: Sampler, call: Call, recorder: _Recorder, mask: float = 0.0
 ) -> tuple[Any, list[Any], list[Any], tuple[int | None, ...]]:
     """The stock step in the state that ``call`` describes: its result; its history, state and past afterwards."""
     inputs = recorder.inputs
@@ -272,6 +293,8 @@ def _step(
             arguments[name] = None if moment is None else moment.argument()
         if call.noise is not None and sampler.noise is not None:
             arguments[sampler.noise] = inputs[NOISE]
+        if sampler.mask is not None:
+            arguments[sampler.mask] = torch.full((1, 1, 1, 1), mask, dtype=inputs[SAMPLE].dtype)
         if call.return_dict is not None:
             arguments["return_dict"] = call.return_dict
         if call.timestep is not None:

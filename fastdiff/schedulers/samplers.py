@@ -34,6 +34,7 @@ class Sampler:
         timesteps: further arguments that are timesteps.
         tensors: further arguments that enter linearly, like history.
         noise: the argument of the step that takes the noise in place of drawing it, if there is one.
+        mask: the argument that blends two next samples, each linear: the one where it is 0, the other where it is 1.
         method: the method that steps.
         names: its names of model output, timestep and sample.
         refuse: why a call is left to the stock step, from (scheduler, timestep); ``None`` if it is not.
@@ -50,6 +51,7 @@ class Sampler:
     timesteps: tuple[str, ...] = ()
     tensors: tuple[str, ...] = ()
     noise: str | None = None
+    mask: str | None = None
     method: str = "step"
     names: tuple[str, str, str] = ("model_output", "timestep", "sample")
     refuse: Callable[[Any, Any], str | None] = _never
@@ -93,6 +95,8 @@ SAMPLERS: dict[str, Sampler] = {
         # Its step ignores eta, use_clipped_model_output and variance_noise.
         Sampler("CogVideoXDPMScheduler", by_timestep=True, scalars=_DDIM, timesteps=("timestep_back",),
                 tensors=("old_pred_original_sample",)),
+        Sampler("RePaintScheduler", by_timestep=True, tensors=("original_image",), mask="mask",
+                others=(("undo_step", "it adds as many draws of noise as a step has timesteps"),)),
         Sampler("PNDMScheduler", by_timestep=True, state=("counter",),
                 history=("ets", "cur_model_output", "cur_sample")),
         Sampler("IPNDMScheduler", state=_INDEX, history=("ets",)),
@@ -149,7 +153,6 @@ STOCK = {
     "EntropyBoundScheduler": "it samples tokens",
     "HeliosDMDScheduler": "it searches the timestep in tensors that the caller passes",
     "PiflowScheduler": "a policy takes many steps inside, which are not linear",
-    "RePaintScheduler": "a mask multiplies the sample",
     "RFD4ProteinaScheduler": "a mask multiplies the sample",
     "VQDiffusionScheduler": "it samples tokens",
 }

@@ -3,72 +3,34 @@
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
 from collections.abc import Callable
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from fastdiff.backends import Choice, overridden
 from fastdiff.ops import scheduler_step
-from fastdiff.patching._patch import PATCH
-from fastdiff.patching._site import SITE, Site
-from fastdiff.schedulers.plan import Plan, plan_of
-from fastdiff.schedulers.probe import (
-    CLAMPED,
-    MODEL_OUTPUT,
-    NOISE,
-    SAMPLE,
-    Call,
-    Constant,
-    Moment,
-    NotLinear,
-    probe,
-    twin_of,
-)
-from fastdiff.schedulers.samplers import Sampler, unsupported
+from fastdiff.patching._site import Site
+from fastdiff.schedulers.plan import After, Next, Place, Step, plan_of
+from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
+from fastdiff.schedulers.samplers import Sampler
+from fastdiff.schedulers.schedule import Configuration, Schedule
 
-#: Configurations (options, timesteps, sigmas) kept per scheduler, and steps kept per configuration.
-MAX_CONFIGURATIONS = 8
+#: Steps kept per configuration.
 MAX_STEPS = 4096
-#: Tensors of a scheduler whose values are kept for comparison.
-MAX_TABLES = 32
-
-#: The methods that patching may replace.
-REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
-
-_version = attrgetter("_version")
-
-
-class _Configuration:
-    """Everything that is fixed between two changes of the options or the schedule."""
-
-    def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
-        self.reason = unsupported(scheduler)
-        self.twin = twin_of(scheduler, sampler, without)
-        timesteps = self.twin.timesteps
-        self.timesteps: list[int | float] = [] if timesteps is None else timesteps.tolist()
-        self.plans: dict[Call, Plan | str] = {}
-        self._starts: dict[int | float, int] = {}
-        self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
-
-    def kept(self, number: Tensor, device: torch.device) -> Tensor:
-        """A number that the step keeps as a tensor: one object for each value, since plans are found by it."""
-        return self._numbers.setdefault((number.item(), number.dtype), number.to(device))
-
-    def start(self, timestep: int | float) -> int:
-        """The index of the first step, if that is at ``timestep``."""
-        if timestep not in self._starts:
-            self.twin._step_index = self.twin._begin_index = None
-            self.twin._init_step_index(timestep)
-            self._starts[timestep] = self.twin._step_index
-        return self._starts[timestep]
+#: Earlier timesteps kept with their values; solvers look back at fewer.
+MAX_PAST = 8
 
 
 class Stepper:
     """Runs the steps of one scheduler; kept as the state of its site.
+
+    A step is found in one of two ways: by all that it depends on, the call's arguments and the scheduler's counters
+    and history; or, much faster, as the one that came next the last time. For that the scheduler must hold the very
+    objects that the step before has left, and then only the call's arguments need comparing.
 
     Args:
         scheduler: a stock scheduler of Diffusers.
@@ -89,44 +51,51 @@ class Stepper:
         self._reset()
 
     def _reset(self) -> None:
+        from diffusers.utils.torch_utils import randn_tensor
+
         sampler = self.sampler
+        self._randn = randn_tensor
         parameters = list(inspect.signature(getattr(type(self.scheduler), sampler.method)).parameters.values())[1:]
         self._names = tuple(p.name for p in parameters)
         self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        plain = {*sampler.names, "generator", "return_dict"}  # these do not shape the map
-        known = {*plain, *sampler.scalars, *sampler.timesteps, *sampler.tensors, sampler.noise}
-        self._unknown = tuple(name for name in self._names if name not in known)
-        not_fixed = {*REPLACED, SITE, PATCH, "_internal_dict", *sampler.state, *sampler.history}
-        if sampler.past is not None:
-            not_fixed.add(sampler.past)
-        if "_step_index" in sampler.state:
-            not_fixed.add("_begin_index")  # counts on the first step only
-        self._not_fixed = frozenset(not_fixed)
-        self._configurations: OrderedDict[Any, _Configuration] = OrderedDict()
-        self._configuration: _Configuration | None = None
-        self._attributes = 0
-        self._bound: tuple[Any, ...] = ()
-        self._options: dict[str, Any] = {}
-        self._frozen_options: tuple[Any, ...] = ()
-        self._frozen_tables: dict[int, tuple[Tensor, int, Any]] = {}
-        self._tables: list[Tensor] = []
-        self._writes = 0
-        self._fixed: Callable[[dict[str, Any]], tuple[Any, ...]] = tuple
+        # The order in which a call's arguments are taken; ``None`` is one that this step does not have.
+        self._special = (*sampler.names, sampler.noise, "generator", sampler.mask, *sampler.tensors, *sampler.timesteps)
+        self._others = tuple(name for name in self._names if name not in self._special)
+        self._rest = (*self._defaults.values(), None)
+        self._tensors, self._times = len(sampler.tensors), len(sampler.tensors) + len(sampler.timesteps)
+        self._unknown = tuple(name for name in self._others if name not in (*sampler.scalars, "return_dict"))
+        self._forms: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
+        self._kept = (*sampler.history, *sampler.state, *([] if sampler.past is None else [sampler.past]))
+        self.schedule = Schedule(self.scheduler, sampler, self._start)
         self._moved: tuple[Tensor, int, Tensor] | None = None
-        self._past_moments: list[tuple[Any, Moment | None]] = []
+        self._past: list[tuple[Any, Moment | None]] = []
+        # Where the trajectory is, and what the scheduler held there.
+        self._place: Place | None = None
+        self._left: list[Any] = []
+
+    def _start(self, configuration: Configuration) -> None:
+        """A trajectory starts, if the scheduler holds no tensors."""
+        held = _copies(self._held())
+        if any(isinstance(t, Tensor) for v in held for t in (v if type(v) is list else (v,))):
+            self._place, self._left = None, []
+            return
+        self._place, self._left = configuration.origin, held
+        if held != configuration.held:
+            configuration.origin.next, configuration.held = None, held
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The stock ``set_timesteps``; then reads the schedule from its device, so that no step has to."""
         type(self.scheduler).set_timesteps(self.scheduler, *args, **kwargs)
-        self._bind()
+        self.schedule.read()
 
     def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """The stock ``scale_model_input``, without its read of the first step's index from the device."""
         scheduler = self.scheduler
         if scheduler._step_index is None and scheduler._begin_index is None:
-            moment = self._moment(kwargs.get("timestep", args[1] if len(args) > 1 else None))
+            configuration = self.schedule.configuration()
+            moment = self.schedule.moment(kwargs.get("timestep", args[1] if len(args) > 1 else None))
             if moment is not None:
-                scheduler._step_index = self._bound_configuration().start(moment.value)
+                scheduler._step_index = configuration.start(moment.value)
         return type(scheduler).scale_model_input(scheduler, *args, **kwargs)
 
     def with_tables(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -152,128 +121,192 @@ class Stepper:
 
     def _fused(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The step's result, or as a string why the stock step has to give it."""
-        names = self._names
-        arguments = {**self._defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        if len(arguments) != len(names) or not kwargs.keys().isdisjoint(names[: len(args)]):
+        sampler, schedule = self.sampler, self.schedule
+        form = len(args), *kwargs
+        arrange = self._forms[form] if form in self._forms else self._arrange(form)
+        if arrange is None:
             return "the arguments do not fit the step"
-        scheduler, sampler = self.scheduler, self.sampler
-        try:
-            model_output, timestep, sample = map(arguments.__getitem__, sampler.names)
-            shape, device = sample.shape, sample.device
-            if model_output.shape != shape or model_output.device != device or len(shape) < 2:
-                return "model_output and sample differ in shape or device, or have one dimension"
-            for name in self._unknown:
-                if arguments[name] is not self._defaults.get(name, names):
-                    return f"the argument {name} is given"
-        except (KeyError, AttributeError):
+        model_output, timestep, sample, noise, generator, mask, *more = arrange((*args, *kwargs.values(), *self._rest))
+        if not (isinstance(sample, Tensor) and isinstance(model_output, Tensor)):
             return "the arguments do not fit the step"
         if torch._C._is_any_autocast_enabled():
             return "autocast is on"
-        if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
-            return "a gradient is needed"
         if torch.compiler.is_compiling():
             return "the step is being compiled"
-        reason = sampler.refuse(scheduler, timestep)
+        reason = sampler.refuse(self.scheduler, timestep)
         if reason is not None:
             return reason
-
-        configuration = self._bound_configuration()
+        configuration = schedule.configuration()
         if configuration.reason is not None:
             return configuration.reason
-        attributes = vars(scheduler)
-        moment = begin = None
+        if noise is not None and generator is not None:
+            return "variance_noise comes with a generator"
+
+        tensors, times, others = more[: self._tensors], more[self._tensors : self._times], more[self._times :]
+        begin = None
+        moments: list[Moment | None] = []
+        attributes = vars(self.scheduler)
         first = attributes.get("_step_index", 0) is None
         if first:
             begin = attributes.get("_begin_index")
         if sampler.by_timestep or first:
-            moment = self._moment(timestep, sampler.per_sample)
-            if moment is None:
-                return "timestep is not one number"
-        noise = noise_dtype = None
-        generator = arguments.get("generator")
-        if sampler.noise is not None and (noise := arguments[sampler.noise]) is not None:
-            if generator is not None or noise.shape != shape or noise.device != device:
-                return "variance_noise comes with a generator, or in another shape or on another device"
-            noise_dtype = noise.dtype
-        values: list[Any] = [sample, model_output, None, noise, None]
-        history: list[Any] = []
-        for entry in (*[attributes.get(n) for n in sampler.history], *[arguments[n] for n in sampler.tensors]):
-            many = type(entry) is list
-            dtypes: list[Any] = []
-            for tensor in entry if many else (entry,):
-                if not isinstance(tensor, Tensor):
-                    if tensor is not None and type(tensor) is not int:
-                        return f"the sampler keeps a {type(tensor).__name__}"
-                    dtypes.append(tensor)
-                    continue
-                if tensor.shape != shape or tensor.device != device or tensor.requires_grad:
-                    return "a history tensor differs from the sample in shape or device, or needs a gradient"
-                dtypes.append(tensor.dtype)
-                values.append(tensor)
-            history.append(tuple(dtypes) if many else dtypes[0])
-        scalars = tuple([arguments[name] for name in sampler.scalars])
+            moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
+        # All that the scheduler does not hold. The types come before the values: tensors do not compare.
+        key = (site.backend, overridden(), forward_ad._current_level, [*map(type, others)], others, begin, moments,
+               [_kind(t) for t in (sample, model_output, noise, mask, *tensors) if t is not None])
+        held, place = self._held(), self._place
+        # Of a contiguous sample, kernels take history in any layout.
+        if not (sample.is_contiguous() and _same(held, self._left)):
+            place = None
+        choices: tuple[Choice, ...] = ()
+        if place is not None and place.next is not None and place.next.key == key:
+            _, step, choices = place.next
+        else:
+            found = self._find(configuration, _Arguments(sample, model_output, noise, mask, tensors, timestep, times,
+                                                         moments, begin, others))
+            if isinstance(found, str):
+                return found
+            step = found
+        values = [sample, model_output, None, noise, None]
+        for entry in (*held[: len(sampler.history)], *tensors):
+            values += [t for t in (entry if type(entry) is list else (entry,)) if isinstance(t, Tensor)]
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*values, mask)):
+            return "a gradient is needed"
+        result, chosen = self._run(site, step, values, generator, mask, timestep, choices)
+        if place is not None and not choices:
+            place.next = Next(key, step, chosen)
+        if sampler.by_timestep and sampler.past is not None:
+            self._past = [*self._past, (timestep, moments[0])][-MAX_PAST:]
+        self._place, self._left = step, _copies(self._held())
+        return result
+
+    def _arrange(self, form: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
+        """For calls with so many positional arguments and these named ones: what takes (*positional, *named, *rest) to
+        the arguments in the order of ``special`` and ``others``; ``None`` if that is no call."""
+        count, *named = form
+        names = [*self._names[:count], *named]
+        places = {name: i for i, name in [*enumerate(self._defaults, len(names)), *enumerate(names)]}
+        fits = count <= len(self._names) and len(set(names)) == len(names) and places.keys() == {*self._names}
+        absent = len(names) + len(self._defaults)  # of what this step does not have
+        ordered = itemgetter(*[places.get(name, absent) for name in (*self._special, *self._others)])
+        self._forms[form] = ordered if fits else None
+        return self._forms[form]
+
+    def _held(self) -> list[Any]:
+        """What the scheduler keeps between steps: history, counters, earlier timesteps."""
+        return list(map(vars(self.scheduler).get, self._kept))
+
+    def _find(self, configuration: Configuration, arguments: _Arguments) -> Step | str:
+        """The step by all that it depends on, or why there is none."""
+        sample, model_output, noise, mask, tensors, timestep, times, moments, begin, others = arguments
+        sampler, attributes = self.sampler, vars(self.scheduler)
+        shape, device = sample.shape, sample.device
+        if model_output.shape != shape or model_output.device != device or len(shape) < 2:
+            return "model_output and sample differ in shape or device, or have one dimension"
+        if noise is not None and (noise.shape != shape or noise.device != device):
+            return "variance_noise comes in another shape or on another device"
+        if sampler.mask is not None and not _masks(mask, sample):
+            return "the mask has another dtype or device than the sample, or does not broadcast to it"
+        named = dict(zip(self._others, others, strict=True))
+        for name in self._unknown:
+            if named[name] is not self._defaults.get(name, self):
+                return f"the argument {name} is given"
+        scalars = tuple([named[name] for name in sampler.scalars])
         for scalar in scalars:
             if not isinstance(scalar, (int, float)):
                 return f"an argument of the step is a {type(scalar).__name__}, not a number"
-        past = self._past(timestep, moment)
-        further: list[Moment | None] = []
-        for name in sampler.timesteps:
-            further.append(None if arguments[name] is None else self._moment(arguments[name]))
-            if further[-1] is None and arguments[name] is not None:
+
+        for name, time, moment in zip(("timestep", *sampler.timesteps), (timestep, *times), moments, strict=False):
+            if moment is None and (time is not None or name == "timestep"):
                 return f"{name} is not one number"
+        past = self._past_moments()
         if past is None:
             return "an earlier timestep is not one number"
-        return_dict = arguments.get("return_dict")
-        call = Call(moment, begin, sample.dtype, model_output.dtype, noise_dtype,
-                    tuple([attributes.get(name) for name in sampler.state]), tuple(history), past, scalars,
-                    tuple(further), None if return_dict is None else bool(return_dict))
-        plan = configuration.plans.get(call)
-        if plan is None:
-            plan = self._probe(configuration, call)
-        if type(plan) is str:
-            return plan
-        return self._run(site, plan, values, generator, timestep)
 
-    def _run(self, site: Site, plan: Any, values: list[Any], generator: Any, timestep: Any) -> Any:
+        history: list[Any] = []
+        for entry in (*[attributes.get(name) for name in sampler.history], *tensors):
+            many = type(entry) is list
+            found: list[Any] = []
+            for tensor in entry if many else (entry,):
+                if isinstance(tensor, Tensor):
+                    if tensor.shape != shape or tensor.device != device:
+                        return "a history tensor differs from the sample in shape or device"
+                    found.append(tensor.dtype)
+                elif tensor is None or type(tensor) is int:
+                    found.append(tensor)
+                else:
+                    return f"the sampler keeps a {type(tensor).__name__}"
+            history.append(tuple(found) if many else found[0])
+        value = named.get("return_dict")
+        call = Call(
+            moments[0] if moments else None, begin, sample.dtype, model_output.dtype,
+            None if noise is None else noise.dtype, tuple([attributes.get(name) for name in sampler.state]),
+            tuple(history), past, scalars, tuple(moments[1:]), None if value is None else bool(value),
+        )
+        return configuration.steps.get(call) or self._probe(configuration, call)
+
+    def _past_moments(self) -> tuple[Moment | None, ...] | None:
+        """The timesteps before this, with their values where these matter; ``None`` if one has none."""
+        if self.sampler.past is None:
+            return ()
+        timesteps = vars(self.scheduler)[self.sampler.past]
+        if not self.sampler.by_timestep:
+            return tuple([None if t is None else _SOME_MOMENT for t in timesteps])
+        # The list outlives its schedule, and then a tensor's value could only be read from the device.
+        known = {id(t): moment for t, moment in self._past}
+        moments = [None if t is None else known.get(id(t)) or self.schedule.moment(t) for t in timesteps]
+        values = all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True))
+        return tuple(moments) if values else None
+
+    def _run(
+        self, site: Site, step: Step, values: list[Any], generator: Any, mask: Any, timestep: Any,
+        choices: tuple[Choice, ...],
+    ) -> tuple[Any, tuple[Choice, ...]]:
+        """The step's result, and what served its launches: ``choices``, if there are any."""
+        plan = step.plan
         sample, model_output = values[SAMPLE], values[MODEL_OUTPUT]
         for position, dtype in enumerate(plan.drawn, NOISE):
-            values[position] = _randn(model_output, generator, dtype)
-        for i, launch in enumerate(plan.launches):
-            result, entry, kept = site.serve(
-                "step" if i == 0 else f"step, launch {i + 1}", scheduler_step, sample, model_output,
-                [values[j] for j in launch.history], values[NOISE] if launch.noise else None, launch.prev,
-                launch.entry, launch.clip, launch.prev_dtype, launch.entry_dtype, launch.kept, launch.kept_dtype,
-            )
+            values[position] = self._randn(model_output.shape, generator, device=model_output.device, dtype=dtype)
+        chosen = choices
+        for i, (slot, positions, noise, arguments, keeps) in enumerate(step.calls):
+            call = sample, model_output, [values[j] for j in positions], values[NOISE] if noise else None, *arguments
+            if not choices:
+                chosen = *chosen, site.choose(scheduler_step, *call)
+            site.note(slot, chosen[i])
+            result, entry, kept = chosen[i].run(*call)
             values.append(result)
-            if launch.kept:
+            if keeps:
                 values.append(kept)
             if i == 0:
                 values[CLAMPED] = entry
+        if plan.blend is not None:
+            zero, one = plan.blend
+            values[zero] = torch.lerp(values[zero], values[one], mask)
         attributes = vars(self.scheduler)
         for name, after in plan.history:
-            if type(after) is list:
-                attributes[name][:] = [values[a] if type(a) is int else a.value for a in after]
+            if isinstance(after, list):
+                attributes[name][:] = [_after(values, a) for a in after]
             else:
-                attributes[name] = values[after] if type(after) is int else after.value
+                attributes[name] = _after(values, after)
         for name, value in plan.state:
             attributes[name] = sample.shape[2:] if type(value) is torch.Size else value
         if plan.past:
             past = attributes[self.sampler.past]
             past[:] = [None if j is None else timestep if j < 0 else past[j] for j in plan.past]
-        fields = [(name, values[a] if type(a) is int else a.value) for name, a in plan.fields]
-        return tuple([value for _, value in fields]) if plan.output is tuple else plan.output(**dict(fields))
+        fields = [_after(values, a) for _, a in plan.fields]
+        output = tuple(fields) if plan.output is tuple else plan.output(**dict(zip(step.names, fields, strict=True)))
+        return output, chosen
 
-    def _probe(self, configuration: _Configuration, call: Call) -> Plan | str:
-        if len(configuration.plans) >= MAX_STEPS:
-            configuration.plans.clear()
-        plan: Plan | str
+    def _probe(self, configuration: Configuration, call: Call) -> Step | str:
+        if len(configuration.steps) >= MAX_STEPS:
+            configuration.steps.clear()
+        step: Step | str
         try:
-            step = probe(configuration.twin, self.sampler, call)
-            plan = plan_of(step)
+            plan = plan_of(probe(configuration.twin, self.sampler, call))
         except NotLinear as error:
-            plan = str(error)
+            step = str(error)
         except Exception as error:  # the stock step raises on such a call, and will tell the caller so itself
-            plan = f"the stock step raises {type(error).__name__}"
+            step = f"the stock step raises {type(error).__name__}"
         else:
             attributes = vars(self.scheduler)
             states = zip(plan.state, call.state, strict=True)
@@ -282,115 +315,53 @@ class Stepper:
                 if isinstance(value, Tensor):
                     state[name] = configuration.kept(value, attributes["sigmas"].device)
             history = tuple([(n, after) for n, after in plan.history if n in attributes or after != Constant(None)])
-            launches = tuple([launch.with_defaults(call) for launch in plan.launches])
-            plan = plan._replace(launches=launches, state=tuple(state.items()), history=history)
-        configuration.plans[call] = plan
-        return plan
+            step = Step(plan._replace(state=tuple(state.items()), history=history), call)
+        configuration.steps[call] = step
+        return step
 
-    def _bound_configuration(self) -> _Configuration:
-        """That of the scheduler's present options and schedule."""
-        if not self._is_bound():
-            self._bind()
-        assert self._configuration is not None
-        return self._configuration
 
-    def _is_bound(self) -> bool:
-        """Whether nothing that the plans depend on was set, replaced or written to since :meth:`_bind`."""
-        attributes = vars(self.scheduler)
-        try:
-            # Comparing looks at identity first; only what was replaced is compared by value.
-            return (
-                len(attributes) == self._attributes
-                and self._fixed(attributes) == self._bound
-                and vars(attributes["_internal_dict"]) == self._options
-                and sum(map(_version, self._tables)) == self._writes
-            )
-        except (KeyError, ValueError, RuntimeError):  # an attribute is gone; two arrays, two tensors differ
-            return False
+class _Arguments(NamedTuple):
+    """Those of a step; ``moments`` are the values of ``timestep`` and ``times``, and ``begin`` is that of
+    ``_begin_index``, where the step depends on them."""
 
-    def _bind(self) -> None:
-        """Find or make the plans of the scheduler's present options and schedule."""
-        attributes = vars(self.scheduler)
-        names = [name for name in attributes if name not in self._not_fixed]
-        self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
-        self._attributes = len(attributes)
-        fixed = self._bound = self._fixed(attributes)
-        options = vars(self.scheduler.config)
-        if options != self._options:
-            self._options = dict(options)
-            self._frozen_options = (*options, *map(_frozen, options.values()))
-        # Only ever counts up, so the sum tells of any write. Inference tensors do not count theirs.
-        self._tables = [t for t in fixed if isinstance(t, Tensor) and not t.is_inference()]
-        self._writes = sum(map(_version, self._tables))
-        key = (*names, *map(self._freeze, fixed), *self._frozen_options)
-        found = self._configurations.pop(key, None)
-        if found is None:
-            found = _Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
-        self._configurations[key] = self._configuration = found
-        if len(self._configurations) > MAX_CONFIGURATIONS:
-            self._configurations.popitem(last=False)
-
-    def _freeze(self, value: Any) -> Any:
-        """:func:`_frozen`, which for a table that nobody wrote to was done before."""
-        if not isinstance(value, Tensor) or value.is_inference():
-            return _frozen(value)
-        known = self._frozen_tables.get(id(value))
-        if known is None or known[0] is not value or known[1] != value._version:
-            known = value, value._version, _frozen(value)
-            if len(self._frozen_tables) >= MAX_TABLES:
-                self._frozen_tables.clear()
-            self._frozen_tables[id(value)] = known
-        return known[2]
-
-    def _moment(self, timestep: Any, per_sample: bool = False) -> Moment | None:
-        """A timestep's value, if it has one. That of an element of ``timesteps`` is not read from its device."""
-        if not isinstance(timestep, Tensor):
-            return Moment(timestep, None) if type(timestep) in (int, float) else None
-        if timestep.dim() != int(per_sample) or any(timestep.stride()):
-            return None
-        schedule = self.scheduler.timesteps
-        if timestep.device == schedule.device and timestep.dtype == schedule.dtype and schedule.is_contiguous():
-            offset = timestep.data_ptr() - schedule.data_ptr()
-            if 0 <= offset < schedule.numel() * schedule.element_size():
-                value = self._bound_configuration().timesteps[offset // schedule.element_size()]
-                return Moment(value, timestep.dtype, timestep.dim())
-        return Moment(timestep[(0,) * timestep.dim()].item(), timestep.dtype, timestep.dim())
-
-    def _past(self, timestep: Any, moment: Moment | None) -> tuple[Moment | None, ...] | None:
-        """The timesteps before ``timestep``, with their values where these matter; ``None`` if one has none."""
-        if self.sampler.past is None:
-            return ()
-        timesteps = vars(self.scheduler)[self.sampler.past]
-        if not self.sampler.by_timestep:
-            return tuple([None if t is None else _SOME_MOMENT for t in timesteps])
-        # The list outlives its schedule, and then a tensor's value could only be read from the device.
-        known = {id(t): m for t, m in self._past_moments}
-        moments = [None if t is None else known.get(id(t)) or self._moment(t) for t in timesteps]
-        self._past_moments = [*zip(timesteps, moments, strict=True), (timestep, moment)]
-        if not all((t is None) is (m is None) for t, m in self._past_moments):
-            return None
-        return tuple(moments)
+    sample: Tensor
+    model_output: Tensor
+    noise: Any
+    mask: Any
+    tensors: list[Any]
+    timestep: Any
+    times: list[Any]
+    moments: list[Moment | None]
+    begin: int | None
+    others: list[Any]
 
 
 _SOME_MOMENT = Moment(0, None)
 
 
-def _randn(like: Tensor, generator: Any, dtype: torch.dtype) -> Tensor:
-    from diffusers.utils.torch_utils import randn_tensor
+def _masks(mask: Any, sample: Tensor) -> bool:
+    if not isinstance(mask, Tensor) or mask.dtype is not sample.dtype or mask.device != sample.device:
+        return False
+    sizes = (1,) * (sample.dim() - mask.dim()) + mask.shape
+    return len(sizes) == sample.dim() and all(m in (1, s) for m, s in zip(sizes, sample.shape, strict=True))
 
-    return randn_tensor(like.shape, generator=generator, device=like.device, dtype=dtype)
+
+def _after(values: list[Any], after: After) -> Any:
+    return after.value if isinstance(after, Constant) else values[after]
 
 
-def _frozen(value: Any) -> Any:
-    """A hashable stand-in for an attribute's value."""
-    if isinstance(value, Tensor):
-        data = value.detach().cpu()
-        data = data.float() if value.dtype is torch.bfloat16 else data  # which numpy does not have
-        return value.dtype, value.device, tuple(value.shape), data.numpy().tobytes()
-    if isinstance(value, np.ndarray):
-        return value.dtype, value.shape, value.tobytes()
-    if isinstance(value, dict):
-        return tuple([(key, _frozen(v)) for key, v in value.items()])
-    if inspect.isfunction(value):
-        return value  # itself: another one may come to have its address
-    return type(value).__name__, repr(value)
+#: What kernels look at of a tensor, besides its layout.
+_kind = attrgetter("__class__", "dtype", "shape", "device")
+
+
+def _copies(held: list[Any]) -> list[Any]:
+    """The same objects, in lists of their own."""
+    return [v.copy() if type(v) is list else v for v in held]
+
+
+def _same(held: list[Any], left: list[Any]) -> bool:
+    """Whether these are the same objects, in lists too, or equal numbers. Comparing looks at identity first."""
+    try:
+        return held == left
+    except (RuntimeError, ValueError):  # two tensors, two arrays
+        return False

@@ -197,6 +197,9 @@ def _configurations() -> list[Configuration]:
     add("CogVideoXDPMScheduler", {}, return_dict=True)
     add("ScoreSdeVeScheduler", {"num_train_timesteps": 8})
     add("ScoreSdeVpScheduler", {})
+    for eta in (0.0, 1.0):
+        add("RePaintScheduler", {"eta": eta})
+    add("RePaintScheduler", {"eta": 0.5, "clip_sample": False, "beta_schedule": "scaled_linear"})
     add("KarrasVeScheduler", {"sigma_min": 1.0})
     add("DDPMWuerstchenScheduler", {})
     add("DDPMWuerstchenScheduler", {"scaler": 2.0})

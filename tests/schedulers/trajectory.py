@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from fastdiff.patching import patch
 from fastdiff.patching._site import SITE
 from fastdiff.schedulers import SAMPLERS
-from fastdiff.schedulers.stepper import REPLACED
+from fastdiff.schedulers.schedule import REPLACED
 
 #: A batch of ten stands for ten seeds.
 SHAPE = (10, 3, 6, 5)
@@ -28,6 +28,7 @@ AVAILABLE = [name for name in SAMPLERS if hasattr(diffusers.schedulers, name)]
 SCHEDULES: dict[str, dict[str, Any]] = {
     "ConsistencyDecoderScheduler": {"num_inference_steps": 2},
     "HeliosScheduler": {"stage_index": 1},
+    "RePaintScheduler": {"jump_n_sample": 1},  # its pipeline undoes steps where the timesteps jump back
     "SCMScheduler": {"intermediate_timesteps": None},
 }
 #: These list where the last step ends as well.
@@ -67,30 +68,52 @@ class Walk:
         self.timesteps = scheduler.timesteps[:-1] if self.name in WITH_END else scheduler.timesteps
         self.scaled = hasattr(scheduler, "scale_model_input")  # flow matching samplers have no such thing
         self.clean: Any = None  # the predicted clean sample of the step before
+        self._times = self._times_of_steps()
+
+    def _times_of_steps(self) -> list[dict[str, Any]]:
+        """The arguments of each step that say where it is."""
+        scheduler, sampler = self.scheduler, self.sampler
+        times = list(self.timesteps)
+        following = [*times[1:], None]
+        found = [{sampler.names[1]: t} for t in times]
+        if self.name == "UnCLIPScheduler":
+            found = [{**a, "prev_timestep": f} for a, f in zip(found, following, strict=True)]
+        elif self.name == "CogVideoXDPMScheduler":
+            found = [{**a, "timestep_back": t} for a, t in zip(found, [None, *times], strict=False)]
+        elif self.name == "KarrasVeScheduler":
+            sigmas = scheduler.schedule.tolist()[: len(times)]
+            found = [{"sigma_hat": a, "sigma_prev": b} for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)]
+        return found
 
     def step(self, index: int, model_output: Tensor, sample: Tensor, **more: Any) -> Any:
         """The step at ``timesteps[index]``."""
-        scheduler, t = self.scheduler, self.timesteps[index]
-        arguments = {**self.arguments, **more}
-        following = self.timesteps[index + 1] if index + 1 < len(self.timesteps) else None
-        if self.name == "UnCLIPScheduler":
-            arguments["prev_timestep"] = following
+        arguments = {**self.arguments, **self._times[index], **more}
+        model_name, time_name, sample_name = self.sampler.names
+        if self.name == "RePaintScheduler":
+            arguments["original_image"], arguments["mask"] = image_and_mask(sample)
         elif self.name == "CogVideoXDPMScheduler":
             arguments["old_pred_original_sample"] = self.clean
-            arguments["timestep_back"] = self.timesteps[index - 1] if index > 0 else None
-        elif self.name == "KarrasVeScheduler":
-            sigmas = scheduler.schedule.tolist()
-            arguments["sigma_prev"] = sigmas[index + 1] if following is not None else 0.0
-            t = sigmas[index]
         elif self.sampler.per_sample:
-            t = t.expand(len(sample))
+            arguments[time_name] = arguments[time_name].expand(len(sample))
         if self.scaled:
-            scheduler.scale_model_input(sample, t)
-        model_name, time_name, sample_name = self.sampler.names
-        arguments |= {model_name: model_output, time_name: t, sample_name: sample}
-        output = getattr(scheduler, self.sampler.method)(**arguments)
-        self.clean = fields(output).get("1")
+            self.scheduler.scale_model_input(sample, arguments[time_name])
+        arguments |= {model_name: model_output, sample_name: sample}
+        output = getattr(self.scheduler, self.sampler.method)(**arguments)
+        if self.name == "CogVideoXDPMScheduler":
+            self.clean = output[1]
         return output
+
+
+_images: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+
+def image_and_mask(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Of numbers that every float dtype holds; the mask, of one channel, has halves too."""
+    key = like.shape, like.dtype
+    if key not in _images:
+        numbers = torch.arange(like.numel()).view(like.shape)
+        _images[key] = ((numbers % 17 - 8) / 8).to(like.dtype), (numbers[:, :1] % 3 / 2).to(like.dtype)
+    return _images[key]
 
 
 def fields(output: Any) -> dict[str, Any]:

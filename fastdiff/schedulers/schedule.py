@@ -1,0 +1,187 @@
+"""What of a scheduler is fixed between two changes of its options or its schedule, and whether it still is."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from operator import attrgetter, itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdiff.patching._patch import PATCH
+from fastdiff.patching._site import SITE
+from fastdiff.schedulers.plan import Place, Step
+from fastdiff.schedulers.probe import Call, Moment, twin_of
+from fastdiff.schedulers.samplers import Sampler, unsupported
+
+#: Configurations (options, timesteps, sigmas) kept per scheduler.
+MAX_CONFIGURATIONS = 8
+
+#: The methods that patching may replace.
+REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
+
+_version = attrgetter("_version")
+
+
+class Configuration:
+    """One state of the options and the schedule, and the steps that are known in it.
+
+    Attributes:
+        origin: the place before the first step, where the scheduler holds what is in ``held``.
+    """
+
+    def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
+        self.reason = unsupported(scheduler)
+        self.twin = twin_of(scheduler, sampler, without)
+        timesteps = self.twin.timesteps
+        self.moments: list[Moment] = []
+        if isinstance(timesteps, Tensor) and timesteps.dim() == 1:
+            self.moments = [Moment(t, timesteps.dtype, int(sampler.per_sample)) for t in timesteps.tolist()]
+        self.steps: dict[Call, Step | str] = {}
+        self.origin = Place()
+        self.held: list[Any] | None = None
+        self._starts: dict[int | float, int] = {}
+        self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+    def kept(self, number: Tensor, device: torch.device) -> Tensor:
+        """A number that the step keeps as a tensor: one object for each value, since steps are found by it."""
+        return self._numbers.setdefault((number.item(), number.dtype), number.to(device))
+
+    def start(self, timestep: int | float) -> int:
+        """The index of the first step, if that is at ``timestep``."""
+        if timestep not in self._starts:
+            self.twin._step_index = self.twin._begin_index = None
+            self.twin._init_step_index(timestep)
+            self._starts[timestep] = self.twin._step_index
+        return self._starts[timestep]
+
+
+class Schedule:
+    """Finds the configuration that a scheduler is in, and reads timesteps without a read from their device.
+
+    Attributes:
+        configurations: those seen, the latest last.
+        changed: called with the one taken up.
+    """
+
+    def __init__(self, scheduler: Any, sampler: Sampler, changed: Callable[[Configuration], None]) -> None:
+        self.scheduler = scheduler
+        self.sampler = sampler
+        self.changed = changed
+        not_fixed = {*REPLACED, SITE, PATCH, "_internal_dict", *sampler.state, *sampler.history}
+        if sampler.past is not None:
+            not_fixed.add(sampler.past)
+        if "_step_index" in sampler.state:
+            not_fixed.add("_begin_index")  # counts on the first step only
+        self._not_fixed = frozenset(not_fixed)
+        self.configurations: OrderedDict[Any, Configuration] = OrderedDict()
+        self._configuration: Configuration | None = None
+        self._attributes = 0
+        self._fixed: Callable[[dict[str, Any]], tuple[Any, ...]] = tuple
+        self._bound: tuple[Any, ...] = ()
+        self._options: dict[str, Any] = {}
+        self._frozen_options: tuple[Any, ...] = ()
+        self._frozen: dict[str, tuple[Any, int, Any]] = {}
+        self._tables: list[Tensor] = []
+        self._writes = 0
+        self._moments: dict[int, Moment] = {}
+
+    def configuration(self) -> Configuration:
+        """That of the scheduler's present options and schedule."""
+        if not self.is_current():
+            self.read()
+        assert self._configuration is not None
+        return self._configuration
+
+    def is_current(self) -> bool:
+        """Whether nothing that the steps depend on was set, replaced or written to since :meth:`read`."""
+        attributes = vars(self.scheduler)
+        try:
+            # Comparing looks at identity first; only what was replaced is compared by value.
+            return (
+                len(attributes) == self._attributes
+                and self._fixed(attributes) == self._bound
+                and vars(attributes["_internal_dict"]) == self._options
+                and sum(map(_version, self._tables)) == self._writes
+            )
+        except (KeyError, ValueError, RuntimeError):  # an attribute is gone; two arrays, two tensors differ
+            return False
+
+    def read(self) -> None:
+        """Find or make the configuration of the scheduler's present options and schedule."""
+        attributes = vars(self.scheduler)
+        names = [name for name in attributes if name not in self._not_fixed]
+        self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
+        self._attributes = len(attributes)
+        fixed = self._bound = self._fixed(attributes)
+        options = vars(self.scheduler.config)
+        if options != self._options:
+            self._options = dict(options)
+            self._frozen_options = (*options, *map(_frozen, options.values()))
+        # Only ever counts up, so the sum tells of any write. Inference tensors do not count theirs.
+        self._tables = [t for t in fixed[:-1] if type(t) is Tensor and not t.is_inference()]
+        self._writes = sum(map(_version, self._tables))
+        key = (*names, *map(self._freeze, names, fixed), *self._frozen_options)
+        found = self.configurations.pop(key, None)
+        if found is None:
+            found = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
+        self.configurations[key] = self._configuration = found
+        if len(self.configurations) > MAX_CONFIGURATIONS:
+            self.configurations.popitem(last=False)
+        self._moments = {}
+        if found.moments:
+            timesteps = self.scheduler.timesteps
+            first, step = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
+            self._moments = dict(zip(itertools.count(first, step), found.moments, strict=False))
+        self.changed(found)
+
+    def _freeze(self, name: str, value: Any) -> Any:
+        """:func:`_frozen`, unless that was done for this very object and nobody wrote to it."""
+        kind = type(value)
+        if kind in _MUTABLE or (kind is Tensor and value.is_inference()):
+            return _frozen(value)
+        version = value._version if kind is Tensor else 0
+        known = self._frozen.get(name)
+        if known is None or known[0] is not value or known[1] != version:
+            known = self._frozen[name] = value, version, _frozen(value)
+        return known[2]
+
+    def moment(self, timestep: Any, per_sample: bool = False) -> Moment | None:
+        """A timestep's value, if it has one. That of an element of ``timesteps`` is not read from its device.
+
+        Only while :meth:`is_current`.
+        """
+        if not isinstance(timestep, Tensor):
+            return Moment(timestep, None) if type(timestep) in (int, float) else None
+        axes = timestep.dim()
+        if axes != per_sample or (axes and any(timestep.stride())):
+            return None
+        known = self._moments.get(timestep.data_ptr())
+        fits = known is not None and known.dtype is timestep.dtype and known.axes == axes
+        if fits and timestep.device == self.scheduler.timesteps.device:
+            return known
+        return Moment(timestep[(0,) * axes].item(), timestep.dtype, axes)
+
+
+#: Of attributes' values: may change without a trace.
+_MUTABLE = frozenset({list, dict, set, np.ndarray})
+
+
+def _frozen(value: Any) -> Any:
+    """A hashable stand-in for an attribute's value."""
+    if isinstance(value, Tensor):
+        data = value.detach().cpu()
+        data = data.float() if value.dtype is torch.bfloat16 else data  # which numpy does not have
+        return value.dtype, value.device, tuple(value.shape), data.numpy().tobytes()
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.shape, value.tobytes()
+    if isinstance(value, dict):
+        return tuple([(key, _frozen(v)) for key, v in value.items()])
+    if inspect.isfunction(value):
+        return value  # itself: another one may come to have its address
+    return type(value).__name__, repr(value)

@@ -1,0 +1,91 @@
+"""What a step launches, and what serves it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from checks import DPM, every_sampler
+from torch.utils._python_dispatch import TorchDispatchMode
+from trajectory import SHAPE, Walk, fields, make, run, scale, set_timesteps, x32
+
+from fastdiff.patching._site import site_of
+from fastdiff.schedulers import SAMPLERS
+from fastdiff.schedulers.schedule import MAX_CONFIGURATIONS
+
+
+@pytest.mark.kernel
+@every_sampler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_kernel_serves(name: str, dtype: torch.dtype) -> None:
+    assert {record["site"] for record in run(make(name, True), dtype)} == {"cpu"}
+
+
+#: Operations that launch nothing: a timestep picked from the schedule, and expanded.
+VIEWS = ("aten.select.int", "aten.expand.default", "aten.slice.Tensor")
+
+
+class Operations(TorchDispatchMode):
+    """Names of the operations dispatched."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.kernel
+@every_sampler
+def test_one_launch_and_no_read(name: str) -> None:
+    """The steps of a known configuration dispatch the one operation, and their noise.
+
+    Not the second time yet: what the first has left behind is part of a first step's state.
+    """
+    scheduler = make(name, True)
+    reads = ("aten._local_scalar_dense.default", "aten.nonzero.default")
+    for again in (False, False, True):
+        set_timesteps(scheduler, 5)
+        walk = Walk(scheduler)
+        sample = torch.randn(SHAPE)
+        for index, t in enumerate(walk.timesteps):
+            with Operations() as scaling:
+                scale(scheduler, sample, t)
+            model_output = torch.randn(SHAPE)
+            with Operations() as operations:
+                sample = fields(walk.step(index, model_output, sample))["prev_sample"]
+            if again:
+                seen = [n for n in operations.names if n not in VIEWS]
+                if walk.scaled:  # by the walk
+                    del seen[: sum(n not in VIEWS for n in scaling.names)]
+                draws = [n for n in seen if n.startswith("aten.randn")]
+                blend = ["aten.lerp.Tensor"] if SAMPLERS[name].mask else []
+                assert seen == [*draws, "fastdiff.scheduler_step.default", *blend]
+                assert len(draws) <= (2 if name == "CogVideoXDPMScheduler" else 1)
+                if "scale_model_input" in vars(scheduler):
+                    assert not set(reads) & set(scaling.names)
+
+
+def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastdiff.schedulers import stepper
+
+    probes = []
+    probe = stepper.probe
+    monkeypatch.setattr(stepper, "probe", lambda *args: probes.append(1) or probe(*args))
+    scheduler = make(DPM, True)
+    for begin in (None, None, 2):  # it counts on the first step only
+        for steps in (6, 7):
+            set_timesteps(scheduler, steps)
+            if begin is not None:
+                scheduler.set_begin_index(begin)
+            walk = Walk(scheduler)
+            for index in range(begin or 0, steps):
+                walk.step(index, x32, x32)
+    assert len(probes) == 6 + 7 + 2 * 2
+    for steps in range(5, 6 + MAX_CONFIGURATIONS):
+        scheduler.set_timesteps(steps)
+    state: Any = site_of(scheduler).state  # type: ignore[union-attr]
+    assert len(state.schedule.configurations) == MAX_CONFIGURATIONS
