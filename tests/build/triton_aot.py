@@ -73,6 +73,7 @@ def recorded(capability: int) -> Iterator[list[Variant]]:
     def processors(_: torch.device) -> int:
         return GPUS[capability][1]
 
+    attention.few_keys_fit.cache_clear()
     _config.config.cache_clear()
     _config.table.cache_clear()
     with (
@@ -85,6 +86,7 @@ def recorded(capability: int) -> Iterator[list[Variant]]:
         mock.patch.object(attention, "on_chip", return_value=GPUS[capability][0]),
     ):
         yield launches
+    attention.few_keys_fit.cache_clear()
     _config.config.cache_clear()
     _config.table.cache_clear()
 
@@ -207,7 +209,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         q = heads(2, 4096, 8 if d < 512 else 1, d)
         found[f"attention {d}"] = lambda q=q: attention.run(q, q, q)
     for keys in (1, 77, 154, 300, 512):
-        for d in (40, 64, 128):
+        for d in (40, 64, 72, 128, 160):
             q, k = heads(2, 4096, 8, d), heads(2, keys, 8, d)
             found[f"attention {d}, {keys} keys"] = lambda q=q, k=k: attention.run(q, k, k)
     q = heads(2, 1000, 8, 64)

@@ -80,7 +80,7 @@ class Kernel:
             run, handle, metadata = known
             run(grid, 1, 1, stream, handle, metadata, None, None, None, *tensors, *scalars, *constants)
             return
-        with torch.cuda.device(device) if first.is_cuda else contextlib.nullcontext():
+        with contextlib.nullcontext() if device < 0 else getattr(torch, first.device.type).device(device):
             options = {"num_warps": warps, "num_stages": stages, **OPTIONS}
             compiled = function[(grid,)](*tensors, *scalars, *constants, **options)
         self._launches[key] = compiled.run, compiled.function, compiled.packed_metadata
