@@ -243,7 +243,8 @@ def _few_keys(
     q_b: i64, q_s: i64, q_h: i64, k_b: i64, k_s: i64, k_h: i64, v_b: i64, v_s: i64, v_h: i64,
     m_b: i64, m_h: i64, m_q: i64, m_k: i64, scale: fp32,
     VEC: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr,
-    HOIST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
+    HOIST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
 ):
     """Each program loads one head's keys and values once, COUNT blocks of N and one of REST, and takes ``turns``
     tiles of queries in turn."""
@@ -320,7 +321,8 @@ def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> 
     if keys > tuned["keys" if depth <= 64 and not split(depth)[1] else "keys_deep"] or depth > 256:
         return False
     block, count, rest = few_keys_blocks(keys, tuned["n"])
-    tile = tuned["m"] * (sum(split(depth)) + (block if itemsize == 4 else 0))  # without matrix instructions, weights too
+    # Without matrix instructions a tile of weights too.
+    tile = tuned["m"] * (sum(split(depth)) + (block if itemsize == 4 else 0))
     return (2 * (block * count + rest) * sum(split(depth)) + tile) * itemsize + SLACK <= on_chip(device)
 
 
