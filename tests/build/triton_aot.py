@@ -144,9 +144,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)  # a cubin may have a second, tiny function
     assert found, text
-    return int(found[1]), int(found[2])
+    registers, stack = zip(*found, strict=True)
+    return max(map(int, registers)), max(map(int, stack))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:

@@ -22,7 +22,7 @@ Config = dict[str, Any]
 FEW_KEYS = 512
 
 #: Used wherever neither an architecture nor the tuning of the device says otherwise. Buckets: rows by the power of
-#: two that holds the row, attention by head dimension (its power of two) or, for fp32, "<head dimension>/fp32".
+#: two that holds the row, attention by head dimension (its power of two; of few keys: as it is held) or "fp32".
 DEFAULT: dict[str, Config] = {
     "elementwise": {"block": 1024, "warps": 4},
     "cfg_rescale": {"block": 4096, "warps": 8},
@@ -44,8 +44,11 @@ DEFAULT: dict[str, Config] = {
     # m, n: of a tile of queries and of a block of keys; keys: how many stay on the chip, where they fit; keys_deep: how
     # many with a head dimension above 64 or in two parts, so that nothing spills; hoist: invariants out of the loop
     "short_attention": {"m": 64, "n": 64, "warps": 4, "waves": 2, "keys": FEW_KEYS, "keys_deep": 160, "hoist": True},
-    # no matrix instructions, and the registers hold less
-    "short_attention/fp32": {"m": 32, "n": 64, "warps": 4, "waves": 2, "keys": 128, "keys_deep": 128, "hoist": True},
+    **{
+        f"short_attention/{held}": {"m": 32, "n": 64, "warps": 4, "waves": 2, "keys": keys, "keys_deep": keys, "hoist": True}
+        # fp32 has no matrix instructions, and the registers hold less
+        for held, keys in ((128, 160), (256, 128), ("fp32", 128))
+    },
     # head dimensions at which torch's attention, in half precision and with many keys, is the faster one
     "torch_attention": {"depths": []},
 }

@@ -5,7 +5,7 @@ which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of tw
 The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
 
 How many keys stay on the chip, in half precision; with more, and in fp32 with more than 128, the first kernel runs.
-Shared memory is the limit but for sm_80 and sm_89 at 160, where more would spill registers:
+Shared memory is the limit but for sm_80 and sm_89 at 160 (of 256: 128), where more would spill registers:
 
 ==============  =====  =====  ===============
 head dimension  sm_80  sm_89  sm_90 and later
@@ -17,7 +17,7 @@ head dimension  sm_80  sm_89  sm_90 and later
 88, 96          160    160    512
 112, 128        160    160    416
 160             160    96     320
-256             128    64     192
+256             128    80     192
 ==============  =====  =====  ===============
 """
 
@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.backends.triton import _math
-from fastdiff.backends.triton._config import config
+from fastdiff.backends.triton._config import Config, config
 from fastdiff.backends.triton._launch import (
     INTERPRETED,
     WIDE,
@@ -236,6 +236,12 @@ def _flash(
     _finish(state, out, lse, row, queries, heads, unit, D, D0, D1)
 
 
+@_math.device
+def _keys_of(i: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr):
+    """The keys of block i, of which the one after COUNT is of size REST."""
+    return i * N + tl.arange(0, REST if i == COUNT else N)
+
+
 @kernel
 def _few_keys(
     q, k, v, mask, out, lse,
@@ -260,15 +266,12 @@ def _few_keys(
     out += (b * queries * heads + h) * D
     if lse is not None:
         lse += b * queries * heads + h
+    BLOCKS: tl.constexpr = COUNT + (1 if REST else 0)
     held = ()
-    for i in tl.static_range(COUNT):
-        key = i * N + tl.arange(0, N)
-        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, i < COUNT - 1 or REST > 0)
-        held = held + (block,)  # noqa: RUF005
-    if REST:
-        key = COUNT * N + tl.arange(0, REST)
-        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, False)
-        held = held + (block,)  # noqa: RUF005
+    for i in tl.static_range(BLOCKS):
+        key = _keys_of(i, N, COUNT, REST)
+        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, i < BLOCKS - 1)
+        held = held + (block,)  # type: ignore[assignment]  # noqa: RUF005
     unit = _LOG2E if MASK == 2 else scale * _LOG2E
     first = chunk * turns * M
     # Hoisted out of the loop, the places of all blocks would fill the registers.
@@ -276,16 +279,11 @@ def _few_keys(
         row = start + tl.arange(0, M)
         both = _load_queries(q, row, q_s * VEC, queries, WIDEN, D, D0, D1)
         state = _start(M, D0, D1)
-        for i in tl.static_range(COUNT):
-            key = i * N + tl.arange(0, N)
+        for i in tl.static_range(BLOCKS):
+            key = _keys_of(i, N, COUNT, REST)
             state = _accumulate(
                 both, held[i], state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, CAUSAL,
-                i < COUNT - 1 or REST > 0,
-            )
-        if REST:
-            key = COUNT * N + tl.arange(0, REST)
-            state = _accumulate(
-                both, held[COUNT], state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, CAUSAL, False
+                i < BLOCKS - 1,
             )
         _finish(state, out, lse, row, queries, heads, unit, D, D0, D1)
 
@@ -317,7 +315,7 @@ def few_keys_blocks(keys: int, most: int) -> tuple[int, int, int]:
 @functools.lru_cache(maxsize=4096)
 def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> bool:
     """Whether keys and values of one head stay on the chip, beside a tile of queries."""
-    tuned = config("short_attention", device, _bucket(0, itemsize))
+    tuned = _short(depth, itemsize, device)
     if keys > tuned["keys" if depth <= 64 and not split(depth)[1] else "keys_deep"] or depth > 256:
         return False
     block, count, rest = few_keys_blocks(keys, tuned["n"])
@@ -326,8 +324,8 @@ def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> 
     return (2 * (block * count + rest) * sum(split(depth)) + tile) * itemsize + SLACK <= on_chip(device)
 
 
-def _bucket(depth: int, itemsize: int) -> int | str:
-    return "fp32" if itemsize == 4 else power_of_2(depth + 1) // 2
+def _short(depth: int, itemsize: int, device: torch.device) -> Config:
+    return config("short_attention", device, "fp32" if itemsize == 4 else sum(split(depth)))
 
 
 def run(
@@ -361,7 +359,7 @@ def run(
     shape = (depth, *split(depth), mask_kind, is_causal, widen)
     itemsize = q.element_size()
     if few_keys_fit(keys, depth, itemsize, q.device):
-        tuned = config("short_attention", q.device, _bucket(0, itemsize))
+        tuned = _short(depth, itemsize, q.device)
         m = tuned["m"]
         programs = tuned["waves"] * processors(q.device)
         turns = max(1, cdiv(queries, m) * batch * heads // programs)
@@ -370,7 +368,7 @@ def run(
         constants = (vec, m, *few_keys_blocks(keys, tuned["n"]), tuned["hoist"], *shape)
         _few_keys.launch(batch * heads * tiles, tensors, (*sizes, *scalars), constants, warps=tuned["warps"])
     else:
-        tuned = config("attention", q.device, _bucket(depth, itemsize))
+        tuned = config("attention", q.device, "fp32" if itemsize == 4 else power_of_2(depth + 1) // 2)
         tiles = cdiv(queries, tuned["m"])
         _flash.launch(
             batch * heads * tiles,
