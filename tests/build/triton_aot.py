@@ -81,7 +81,6 @@ def recorded(gpu: int | str) -> Iterator[list[Variant]]:
     def processors(_: torch.device) -> int:
         return GPUS[gpu][1]
 
-    attention.few_keys_fit.cache_clear()
     _config.config.cache_clear()
     _config.table.cache_clear()
     with (
@@ -94,7 +93,6 @@ def recorded(gpu: int | str) -> Iterator[list[Variant]]:
         mock.patch.object(attention, "on_chip", return_value=GPUS[gpu][0]),
     ):
         yield launches
-    attention.few_keys_fit.cache_clear()
     _config.config.cache_clear()
     _config.table.cache_clear()
 

@@ -33,7 +33,7 @@ def test_entries_of_buckets_architectures_and_the_cache(monkeypatch: pytest.Monk
     monkeypatch.setattr(_config, "architecture", lambda _: (9, 0))
     assert _config.config("attention", CPU, 512) == _config.DEFAULT["attention/512"]
     assert _config.config("attention", CPU, 1024) == _config.DEFAULT["attention"]
-    assert _config.config("torch_attention", CPU) == {"depths": [64, 128]}
+    assert _config.config("torch_attention", CPU)["many"] == [64, 128]
     entry = {"m": 64, "n": 64, "warps": 4, "stages": 3}
     _config.cache_file(CPU).write_text(json.dumps({"attention/512": entry, "rows": {"of another version": 1}}))
     _config.table.cache_clear()
@@ -53,7 +53,7 @@ def test_torch_serves_what_it_is_faster_at(monkeypatch: pytest.MonkeyPatch) -> N
         q, k = (torch.empty(1, n, 1, depth, dtype=dtype) for n in (4096, keys))
         reason = _config.torch_is_faster(q, k, k, scale=1.0)
         assert (reason is not None) == left
-        assert not left or f"head dimension {depth}" in reason
+        assert not left or f"head dimension {depth} and more than 512 keys (published figures" in reason
 
 
 def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,8 +70,21 @@ def test_tuning_keeps_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     monkeypatch.setattr(tune, "tasks", lambda _: iter(planned))
     monkeypatch.setattr(_config, "architecture", lambda _: (8, 0))
-    found = tune.tune(CPU, measure)
-    assert found == {"rows/1024": _config.DEFAULT["rows"] | {"warps": 2}}
+    monkeypatch.setattr(tune, "DEPTHS", (40, 64))
+
+    def measure_all(call: Any) -> float:
+        """Torch's attention is the faster one at 64 with many keys, and at 40 by less than is believed."""
+        function = getattr(call, "func", None)
+        if function is None:
+            return measure(call)
+        _, keys, _, depth = call.args[1].shape if "run" in function.__name__ else call.args[1].transpose(1, 2).shape
+        return 1.0 if "run" in function.__name__ else {(64, 4096): 0.5, (40, 4096): 0.99}.get((depth, keys), 2.0)
+
+    found = tune.tune(CPU, measure_all)
+    chosen = {"many": [64], "few": [], "source": "measured by tune"}
+    assert found == {"rows/1024": _config.DEFAULT["rows"] | {"warps": 2}, "torch_attention": chosen}
+    q = torch.empty(1, 4096, 1, 64, dtype=torch.bfloat16)
+    assert "measured by tune" in str(_config.torch_is_faster(q, q, q))
     assert json.loads(_config.cache_file(CPU).read_text()) == found
     assert _config.config("rows", CPU, 1024)["warps"] == 2
 

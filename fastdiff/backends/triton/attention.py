@@ -313,15 +313,21 @@ def few_keys_blocks(keys: int, most: int) -> tuple[int, int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> bool:
+def _fit(keys: int, depth: int, itemsize: int, limit: int, m: int, n: int, most: int) -> bool:
     """Whether keys and values of one head stay on the chip, beside a tile of queries."""
-    tuned = _short(depth, itemsize, device)
-    if keys > tuned["keys" if depth <= 64 and not split(depth)[1] else "keys_deep"] or depth > 256:
+    if keys > most or depth > 256:
         return False
-    block, count, rest = few_keys_blocks(keys, tuned["n"])
+    block, count, rest = few_keys_blocks(keys, n)
     # Without matrix instructions a tile of weights too.
-    tile = tuned["m"] * (sum(split(depth)) + (block if itemsize == 4 else 0))
-    return (2 * (block * count + rest) * sum(split(depth)) + tile) * itemsize + SLACK <= on_chip(device)
+    tile = m * (sum(split(depth)) + (block if itemsize == 4 else 0))
+    return (2 * (block * count + rest) * sum(split(depth)) + tile) * itemsize + SLACK <= limit
+
+
+def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> bool:
+    """Whether the kernel for few keys takes so many."""
+    tuned = _short(depth, itemsize, device)
+    most = tuned["keys" if depth <= 64 and not split(depth)[1] else "keys_deep"]
+    return _fit(keys, depth, itemsize, on_chip(device), tuned["m"], tuned["n"], most)
 
 
 def _short(depth: int, itemsize: int, device: torch.device) -> Config:
