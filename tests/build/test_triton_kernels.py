@@ -74,21 +74,10 @@ def check_call(name: str, dtype: torch.dtype, gpu: int | str) -> set[str]:
 
 def kernels() -> dict[str, Any]:
     """Every kernel, by its name."""
-    from fastdiff.backends.triton import (
-        _gated,
-        _launch,
-        _rows,
-        attention,
-        cfg_combine,
-        gelu_tanh,
-        group_norm_silu,
-        qk_norm_rope,
-        scheduler_step,
-    )
+    from fastdiff.backends.triton._launch import KERNELS
 
-    modules = (_gated, _rows, attention, cfg_combine, gelu_tanh, group_norm_silu, qk_norm_rope, scheduler_step)
-    found = [k for m in modules for k in vars(m).values() if isinstance(k, _launch.Kernel)]
-    return {f"{k.__module__}.{k.__name__}": k for k in found}
+    calls(torch.bfloat16)  # imports all
+    return {f"{k.__module__}.{k.__name__}": k for k in KERNELS}
 
 
 @pytest.mark.slow

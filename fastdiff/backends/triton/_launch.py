@@ -36,6 +36,10 @@ OPTIONS = {"enable_fp_fusion": True}
 Constants = tuple[Any, ...]
 
 
+#: All that were imported.
+KERNELS: list[Kernel] = []
+
+
 class Kernel:
     """A Triton kernel: the function compiled for aligned tensors and for any, and the launches seen so far."""
 
@@ -54,6 +58,7 @@ class Kernel:
         self.aligned = triton.jit(function, do_not_specialize=scalars)
         self.loose = triton.jit(function, do_not_specialize=scalars, do_not_specialize_on_alignment=self.tensors)
         self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        KERNELS.append(self)
 
     def launch(
         self,
