@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastdiff import cli
+from fastdiff.backends import triton as backend
 from fastdiff.backends.triton import _config
 
 if importlib.util.find_spec("triton") is None:
@@ -111,3 +114,32 @@ def test_a_configuration_that_does_not_fit_is_passed_over(monkeypatch: pytest.Mo
 def test_command_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["tune"]) == 1
     assert "nothing to tune" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("__version__ = '3.5.0+git1234'", None), ('__version__ = "3.4.0"', "older than 3.5"), ("", "not installed")],
+)
+def test_version_of_any_distribution(
+    text: str, reason: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ROCm's and Intel's Triton is another distribution, whose metadata has another name."""
+    (tmp_path / "__init__.py").write_text(f'"""isort:skip_file"""\n{text}\n')
+    spec = importlib.machinery.ModuleSpec("triton", None, origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    _config.triton_version.cache_clear()
+    try:
+        found = backend.why_not()
+    finally:
+        _config.triton_version.cache_clear()
+    assert found is None if reason is None else reason in str(found)
+
+
+def test_a_gpu_without_fp64_takes_no_scheduler_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = {0: SimpleNamespace(has_fp64=True), 1: SimpleNamespace(has_fp64=False)}
+    monkeypatch.setattr(backend, "device_type", lambda: "xpu")
+    monkeypatch.setattr(torch.xpu, "get_device_properties", properties.__getitem__)
+    backend.without_fp64.cache_clear()
+    assert backend.without_fp64(0) is None and backend.without_fp64(1) == "GPU 1 has no fp64"
+    backend.without_fp64.cache_clear()
