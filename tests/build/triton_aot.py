@@ -19,10 +19,18 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-#: compute capability -> (bytes of shared memory that a block can have, multiprocessors)
-GPUS = {80: (163 << 10, 108), 89: (99 << 10, 128), 90: (227 << 10, 132), 100: (227 << 10, 148)}
+#: compute capability, or AMD's name -> (bytes of shared memory that a block can have, multiprocessors)
+GPUS: dict[int | str, tuple[int, int]] = {
+    80: (163 << 10, 108),
+    89: (99 << 10, 128),
+    90: (227 << 10, 132),
+    100: (227 << 10, 148),
+    "gfx942": (64 << 10, 304),
+}
 
 _NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1"}
+
+_AMD = "vgpr_count", "private_segment_fixed_size"
 
 
 @dataclass(frozen=True)
@@ -45,17 +53,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Binary:
-    """A compiled variant: registers and bytes per thread, bytes of shared memory per block, and its PTX."""
+    """A compiled variant: registers and spilled bytes per thread, shared bytes per block, and its assembly."""
 
     registers: int
     stack: int
     shared: int
-    ptx: str
+    text: str
 
 
 @contextmanager
-def recorded(capability: int) -> Iterator[list[Variant]]:
-    """Within the block launches are recorded as for a GPU of that capability, not made."""
+def recorded(gpu: int | str) -> Iterator[list[Variant]]:
+    """Within the block launches are recorded as for that GPU, not made."""
     from fastdiff.backends.triton import _config, _launch, _rows, attention, group_norm_silu
 
     launches: list[Variant] = []
@@ -71,25 +79,25 @@ def recorded(capability: int) -> Iterator[list[Variant]]:
             launches.append(variant)
 
     def processors(_: torch.device) -> int:
-        return GPUS[capability][1]
+        return GPUS[gpu][1]
 
     _config.config.cache_clear()
     _config.table.cache_clear()
     with (
         mock.patch.object(_launch.Kernel, "launch", launch),
-        mock.patch.object(_config, "architecture", return_value=divmod(capability, 10)),
+        mock.patch.object(_config, "architecture", return_value=(0, 1) if isinstance(gpu, str) else divmod(gpu, 10)),
         mock.patch.object(_config, "cache_file", return_value=Path("/nonexistent")),
         mock.patch.object(_rows, "processors", processors),
         mock.patch.object(group_norm_silu, "processors", processors),
         mock.patch.object(attention, "processors", processors),
-        mock.patch.object(attention, "on_chip", return_value=GPUS[capability][0]),
+        mock.patch.object(attention, "on_chip", return_value=GPUS[gpu][0]),
     ):
         yield launches
     _config.config.cache_clear()
     _config.table.cache_clear()
 
 
-def compile_for(variant: Variant, capability: int) -> Binary:
+def compile_for(variant: Variant, gpu: int | str) -> Binary:
     """Compile a variant."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -114,9 +122,15 @@ def compile_for(variant: Variant, capability: int) -> Binary:
         kernel.aligned if wide else kernel.loose, {n: signature[n] for n in names}, constexprs, attributes
     )
     options = {"num_warps": variant.warps, "num_stages": variant.stages, **OPTIONS}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    registers, stack = _resources(compiled.asm["cubin"])
-    return Binary(registers, stack, compiled.metadata.shared, compiled.asm["ptx"])
+    if isinstance(gpu, str):
+        compiled = triton.compile(source, target=GPUTarget("hip", gpu, 64), options=options)
+        text = compiled.asm["amdgcn"]
+        registers, stack = (int(re.findall(rf"\.{n}:\s+(\d+)", text)[-1]) for n in _AMD)
+    else:
+        compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
+        text = compiled.asm["ptx"]
+        registers, stack = _resources(compiled.asm["cubin"])
+    return Binary(registers, stack, compiled.metadata.shared, text)
 
 
 def _resources(cubin: bytes) -> tuple[int, int]:
@@ -128,9 +142,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
         file.write(cubin)
         file.flush()
         text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)  # a cubin may have a second, tiny function
     assert found, text
-    return int(found[1]), int(found[2])
+    registers, stack = zip(*found, strict=True)
+    return max(map(int, registers)), max(map(int, stack))
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -207,7 +222,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         q = heads(2, 4096, 8 if d < 512 else 1, d)
         found[f"attention {d}"] = lambda q=q: attention.run(q, q, q)
     for keys in (1, 77, 154, 300, 512):
-        for d in (40, 64, 128):
+        for d in (40, 64, 72, 128, 160):
             q, k = heads(2, 4096, 8, d), heads(2, keys, 8, d)
             found[f"attention {d}, {keys} keys"] = lambda q=q, k=k: attention.run(q, k, k)
     q = heads(2, 1000, 8, 64)

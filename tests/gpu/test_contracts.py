@@ -98,8 +98,9 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
         for keys in (77, 1000):
             heads = 4 if depth < 512 else 1
             calls[f"attention {depth} {keys}"] = lambda k=keys, h=heads, d=depth: attention(1000, k, h, d)
-    for keys in (1, 154, 300, 512):
-        calls[f"attention 64 {keys}"] = lambda k=keys: attention(4096, k, 8, 64)
+    for depth in (64, 72, 128):
+        for keys in (1, 154, 300, 512):
+            calls[f"attention {depth} {keys}"] = lambda k=keys, d=depth: attention(4096, k, 8, d)
     calls["attention causal"] = lambda: attention(1000, 1000, 8, 64, is_causal=True)
     for keys in (77, 1000):
         mask = torch.rand(2, 1, 1, keys, device=device) > 0.3

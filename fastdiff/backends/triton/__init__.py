@@ -12,7 +12,6 @@ with.
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ import torch
 
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
-from fastdiff.backends.triton._config import torch_is_faster
+from fastdiff.backends.triton._config import torch_is_faster, triton_version
 
 #: Triton's own switch: kernels run in its interpreter, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -45,15 +44,23 @@ def device_type() -> str:
 
 def why_not() -> str | None:
     """Why no Triton kernel can run with this installation, or ``None``. GPUs are looked at when tensors come."""
-    if importlib.util.find_spec("triton") is None:
+    version = triton_version()
+    if version is None:
         return "triton is not installed"
-    version = importlib.metadata.version("triton")
-    if tuple(int(n) for n in version.split(".")[:2]) < TRITON_MIN:
-        return f"triton {version} is older than {'.'.join(map(str, TRITON_MIN))}"
+    if version < TRITON_MIN:
+        return f"triton {'.'.join(map(str, version))} is older than {'.'.join(map(str, TRITON_MIN))}"
     if INTERPRETED:
         return None
     if not (torch.version.cuda or torch.version.hip or torch.version.xpu):
         return "this torch was built without GPU support"
+    return None
+
+
+@functools.cache
+def without_fp64(device: int) -> str | None:
+    """Why a kernel that takes scalars of fp64 cannot run on that GPU (Intel has some without it), or ``None``."""
+    if device_type() == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return f"GPU {device} has no fp64"
     return None
 
 
@@ -97,6 +104,8 @@ def _refuse(op: str, shared: Refuse) -> Refuse:
             return reason
         first = args[0] if args else next(iter(kwargs.values()))
         reason = why_not_on(first.get_device())
+        if reason is None and op == "scheduler_step":
+            reason = without_fp64(first.get_device())
         if reason is None and op == "attention":
             reason = torch_is_faster(*args, **kwargs)
         return reason

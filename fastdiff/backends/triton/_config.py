@@ -6,7 +6,7 @@ Nothing is tuned while a user's picture is drawn. An entry is found under ``"<op
 from __future__ import annotations
 
 import functools
-import importlib.metadata
+import importlib.util
 import json
 import os
 import re
@@ -21,13 +21,18 @@ Config = dict[str, Any]
 #: Up to here keys and values may stay on the chip.
 FEW_KEYS = 512
 
+#: m, n: of a tile of queries and of a block of keys. keys: how many stay on the chip, where they fit; keys_deep: how
+#: many with a head dimension above 64 or in two parts, so that nothing spills. hoist: invariants out of the loop.
+_SHORT: Config = {"m": 64, "n": 64, "warps": 4, "waves": 2, "keys": FEW_KEYS, "keys_deep": 160, "hoist": True}
+
 #: Used wherever neither an architecture nor the tuning of the device says otherwise. Buckets: rows by the power of
-#: two that holds the row, attention by head dimension (its power of two) or, for fp32, "<head dimension>/fp32".
+#: two that holds the row, attention by head dimension (its power of two; of few keys: as it is held) or "fp32".
 DEFAULT: dict[str, Config] = {
     "elementwise": {"block": 1024, "warps": 4},
     "cfg_rescale": {"block": 4096, "warps": 8},
     # elements: of a tile of rows; waves: programs per multiprocessor worth having before one takes several tiles
     "rows": {"elements": 1024, "warps": 4, "waves": 16},
+    "rows/2048": {"elements": 2048, "warps": 8, "waves": 8},
     "rows/4096": {"elements": 4096, "warps": 8, "waves": 8},
     "rows/8192": {"elements": 8192, "warps": 16, "waves": 4},
     "qk_norm_rope": {"elements": 1024},
@@ -40,12 +45,24 @@ DEFAULT: dict[str, Config] = {
     "attention/256": {"m": 64, "n": 32, "warps": 8, "stages": 2},
     "attention/512": {"m": 32, "n": 32, "warps": 8, "stages": 1},
     "attention/fp32": {"m": 32, "n": 32, "warps": 4, "stages": 1},
-    "short_attention": {"m": 64, "warps": 4, "waves": 2},
-    "short_attention/256": {"m": 32, "warps": 4, "waves": 2},
-    "short_attention/512": {"m": 32, "warps": 4, "waves": 2},
-    "short_attention/fp32": {"m": 32, "warps": 4, "waves": 2},
-    # head dimensions at which torch's attention, in half precision and with many keys, is the faster one
-    "torch_attention": {"depths": []},
+    "short_attention": _SHORT,
+    "short_attention/128": _SHORT | {"m": 32},
+    "short_attention/256": _SHORT | {"m": 32, "keys_deep": 128},
+    # without matrix instructions the registers hold less
+    "short_attention/fp32": _SHORT | {"m": 32, "keys": 128, "keys_deep": 128},
+    # head dimensions at which torch's attention, in half precision, is the faster one: with many keys, and with few;
+    # source: of that knowledge
+    "torch_attention": {"many": [], "few": [], "source": "not measured"},
+}
+
+
+#: Of sm_90 and sm_100. Their matrix instructions read keys and values where they lie on the chip, not from registers.
+_HOPPER: dict[str, Config] = {
+    "short_attention": _SHORT | {"keys_deep": FEW_KEYS, "hoist": False},
+    "short_attention/fp32": DEFAULT["short_attention/fp32"],
+    # cuDNN's against the Triton tutorial's at 4096 keys, H100, TFLOP/s: 408 to 348 at 64, 609 to 458 at 128
+    # (github.com/pytorch/benchmark, pull requests 2370 and 2391).
+    "torch_attention": {"many": [64, 128], "few": [], "source": "published figures of an H100"},
 }
 
 #: What differs by compute capability.
@@ -57,13 +74,25 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
         "group_norm": {"pixels": 64, "warps": 8, "waves": 1, "once": 64},
         "qk_norm_rope": {"elements": 16384},
         "attention": {"m": 256, "n": 256, "warps": 4, "stages": 1},
-        "short_attention": {"m": 256, "warps": 4, "waves": 1},
+        "short_attention": _SHORT | {"m": 256, "n": 128, "waves": 1},
     },
-    # cuDNN's against the Triton tutorial's at 4096 keys, H100, TFLOP/s: 408 to 348 at 64, 609 to 458 at 128
-    # (github.com/pytorch/benchmark, pull requests 2370 and 2391).
-    (9, 0): {"torch_attention": {"depths": [64, 128]}},
-    (10, 0): {"torch_attention": {"depths": [64, 128]}},
+    (9, 0): _HOPPER,
+    (10, 0): _HOPPER,
 }
+
+
+@functools.cache
+def triton_version() -> tuple[int, int] | None:
+    """Of the Triton that would be imported, ``None`` if there is none.
+
+    Read from its source: the distribution is ``triton`` for NVIDIA's GPUs only, and has other names for ROCm, Intel
+    and Windows; importing it takes half a second.
+    """
+    spec = importlib.util.find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^__version__ = ['\"](\d+)\.(\d+)", Path(spec.origin).read_text(), re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def architecture(device: torch.device) -> tuple[int, int]:
@@ -77,7 +106,7 @@ def cache_file(device: torch.device) -> Path:
     """Where the tuning of this device is kept: ``FASTDIFF_CACHE``, else the user's cache folder."""
     folder = os.environ.get("FASTDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fastdiff")
     name = getattr(torch, device.type).get_device_name(device) if device.type != "cpu" else "interpreter"
-    version = ".".join(importlib.metadata.version("triton").split(".")[:2])
+    version = ".".join(map(str, triton_version() or ()))
     return Path(folder).expanduser() / f"triton-{version}-{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
 
 
@@ -105,7 +134,9 @@ def config(op: str, device: torch.device, bucket: int | str | None = None) -> Co
 
 def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
     """Why to leave a call of ``attention`` to torch, or ``None``."""
-    depth = q.shape[3]
-    if k.shape[1] <= FEW_KEYS or q.dtype == torch.float32 or depth not in config("torch_attention", q.device)["depths"]:
+    known = config("torch_attention", q.device)
+    few = k.shape[1] <= FEW_KEYS
+    if q.dtype == torch.float32 or q.shape[3] not in known["few" if few else "many"]:
         return None
-    return f"torch's attention is the faster one at head dimension {depth} and more than {FEW_KEYS} keys on this GPU"
+    keys = f"{'at most' if few else 'more than'} {FEW_KEYS} keys"
+    return f"torch's attention is the faster one at head dimension {q.shape[3]} and {keys} ({known['source']})"

@@ -36,6 +36,10 @@ OPTIONS = {"enable_fp_fusion": True}
 Constants = tuple[Any, ...]
 
 
+#: All that were imported.
+KERNELS: list[Kernel] = []
+
+
 class Kernel:
     """A Triton kernel: the function compiled for aligned tensors and for any, and the launches seen so far."""
 
@@ -54,6 +58,7 @@ class Kernel:
         self.aligned = triton.jit(function, do_not_specialize=scalars)
         self.loose = triton.jit(function, do_not_specialize=scalars, do_not_specialize_on_alignment=self.tensors)
         self._launches: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        KERNELS.append(self)
 
     def launch(
         self,
@@ -80,7 +85,7 @@ class Kernel:
             run, handle, metadata = known
             run(grid, 1, 1, stream, handle, metadata, None, None, None, *tensors, *scalars, *constants)
             return
-        with torch.cuda.device(device) if first.is_cuda else contextlib.nullcontext():
+        with contextlib.nullcontext() if device < 0 else getattr(torch, first.device.type).device(device):
             options = {"num_warps": warps, "num_stages": stages, **OPTIONS}
             compiled = function[(grid,)](*tensors, *scalars, *constants, **options)
         self._launches[key] = compiled.run, compiled.function, compiled.packed_metadata

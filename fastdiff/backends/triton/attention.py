@@ -2,7 +2,23 @@
 
 A head dimension D is held as D0 + D1, the largest power of two below it and the rest rounded up to one (40 = 32 + 8,
 which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of two would cost up to twice the work.
-The number of keys of the second kernel is split alike (77 = 64 + 16).
+The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
+
+How many keys stay on the chip, in half precision; with more, and in fp32 with more than 128, the first kernel runs.
+Shared memory is the limit but for sm_80 and sm_89 at 160 (of 256: 128), where more would spill registers:
+
+==============  =====  =====  ===============
+head dimension  sm_80  sm_89  sm_90 and later
+==============  =====  =====  ===============
+32              512    512    512
+64              512    352    512
+40              160    160    512
+72, 80          160    160    512
+88, 96          160    160    512
+112, 128        160    160    416
+160             160    96     320
+256             128    80     192
+==============  =====  =====  ===============
 """
 
 from __future__ import annotations
@@ -14,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastdiff.backends.triton import _math
-from fastdiff.backends.triton._config import FEW_KEYS, Config, config
+from fastdiff.backends.triton._config import Config, config
 from fastdiff.backends.triton._launch import (
     INTERPRETED,
     WIDE,
@@ -31,6 +47,8 @@ from fastdiff.backends.triton._launch import (
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 #: The smallest operand of a matrix product.
 SMALLEST = 16
+#: Bytes of shared memory for what passes between warps.
+SLACK = 1024
 
 _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -47,19 +65,30 @@ def _load(base, row, stride, column, rows, depth, WIDEN: tl.constexpr, EVERY_ROW
 
 
 @_math.device
+def _load_transposed(base, row, stride, column, rows, depth, WIDEN: tl.constexpr, EVERY_ROW: tl.constexpr):
+    """The same as columns. Not ``tl.trans`` of the above: few keys would wait in registers for a place on the chip."""
+    inside = (column < depth)[:, None]
+    if not EVERY_ROW:
+        inside = inside & (row < rows)[None, :]
+    value = tl.load(base + row.to(tl.int64)[None, :] * stride + column[:, None], inside, other=0.0)
+    return value.to(tl.float32) if WIDEN else value
+
+
+@_math.device
 def _dot(a, b, acc):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @_math.device
 def _logits(
-    q0, q1, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale,
+    q, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale,
     D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
 ):
     """``q k^T``; with an additive mask scaled and masked. Keys that a query does not see have -inf."""
-    s = _dot(q0, tl.trans(k0), tl.zeros([q0.shape[0], k0.shape[0]], tl.float32))
+    q0, q1 = q
+    s = _dot(q0, k0, tl.zeros([q0.shape[0], k0.shape[1]], tl.float32))
     if D1:
-        s = _dot(q1, tl.trans(k1), s)
+        s = _dot(q1, k1, s)
     if MASK:
         inside = (row < queries)[:, None] & (key < keys)[None, :]
         at = mask + row.to(tl.int64)[:, None] * m_q + key.to(tl.int64)[None, :] * m_k
@@ -75,11 +104,6 @@ def _logits(
 
 
 @_math.device
-def _finish(acc, total):
-    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
-
-
-@_math.device
 def _store(out, row, queries, stride, column, depth, value):
     inside = (row < queries)[:, None] & (column < depth)[None, :]
     _math.store(out + row.to(tl.int64)[:, None] * stride + column[None, :], value, inside)
@@ -87,11 +111,13 @@ def _store(out, row, queries, stride, column, depth, value):
 
 @_math.device
 def _accumulate(
-    q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, share, mask, row, key, m_q, m_k, queries, keys, scale, unit,
+    q, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit,
     D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
 ):
-    """One block of keys: the running maximum, sum and weighted sum of values."""
-    s = _logits(q0, q1, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale, D1, MASK, CAUSAL, EVERY_KEY)
+    """One block of keys: the running weighted sum of values, maximum and sums of weights."""
+    k0, k1, v0, v1 = block
+    acc0, acc1, top, total, share = state
+    s = _logits(q, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale, D1, MASK, CAUSAL, EVERY_KEY)
     new = tl.maximum(top, tl.max(s, axis=1))
     # Of a query that has seen no key yet: exp(-inf - 0) = 0, where -inf - -inf would be NaN.
     safe = tl.where(new == float("-inf"), 0.0, new)
@@ -109,25 +135,59 @@ def _accumulate(
 
 
 @_math.device
-def _step(
-    q0, q1, acc0, acc1, top, total, share, k, v, mask, row, first, k_s, v_s, m_q, m_k, queries, keys, scale, unit,
-    WIDEN: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
+def _columns(D0: tl.constexpr, D1: tl.constexpr):
+    """Of both parts of a head."""
+    return tl.arange(0, D0), D0 + tl.arange(0, D1 if D1 else 16)
+
+
+@_math.device
+def _load_queries(
+    q, row, stride, queries, WIDEN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr
 ):
-    """One block of keys, from memory."""
-    key = first + tl.arange(0, BLOCK)
-    column0 = tl.arange(0, D0)
-    column1 = D0 + tl.arange(0, D1 if D1 else 16)
-    k0 = _load(k, key, k_s, column0, keys, D, WIDEN, EVERY_KEY)
+    column0, column1 = _columns(D0, D1)
+    q0 = _load(q, row, stride, column0, queries, D, WIDEN, False)
+    q1 = q0
+    if D1:
+        q1 = _load(q, row, stride, column1, queries, D, WIDEN, False)
+    return q0, q1
+
+
+@_math.device
+def _load_keys(
+    k, v, key, k_s, v_s, keys,
+    WIDEN: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, EVERY_KEY: tl.constexpr,
+):
+    """Both parts of a block's keys, and of its values."""
+    column0, column1 = _columns(D0, D1)
+    k0 = _load_transposed(k, key, k_s, column0, keys, D, WIDEN, EVERY_KEY)
     v0 = _load(v, key, v_s, column0, keys, D, WIDEN, EVERY_KEY)
     k1, v1 = k0, v0
     if D1:
-        k1 = _load(k, key, k_s, column1, keys, D, WIDEN, EVERY_KEY)
+        k1 = _load_transposed(k, key, k_s, column1, keys, D, WIDEN, EVERY_KEY)
         v1 = _load(v, key, v_s, column1, keys, D, WIDEN, EVERY_KEY)
-    return _accumulate(
-        q0, q1, k0, k1, v0, v1, acc0, acc1, top, total, share, mask, row, key, m_q, m_k, queries, keys, scale, unit,
-        D1, MASK, CAUSAL, EVERY_KEY,
-    )
+    return k0, k1, v0, v1
+
+
+@_math.device
+def _start(M: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """The state before any key."""
+    acc0 = tl.zeros([M, D0], tl.float32)
+    acc1 = tl.zeros([M, D1 if D1 else 16], tl.float32)
+    top = tl.full([M], float("-inf"), tl.float32)
+    return acc0, acc1, top, tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+
+
+@_math.device
+def _finish(state, out, lse, row, queries, heads, unit, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
+    """Store the result and, if wanted, the log-sum-exp; ``out`` and ``lse`` are at their head's first query."""
+    acc0, acc1, top, total, share = state
+    column0, column1 = _columns(D0, D1)
+    share = tl.where(share == 0.0, 1.0, share)[:, None]
+    _store(out, row, queries, heads * D, column0, D, acc0 / share)
+    if D1:
+        _store(out, row, queries, heads * D, column1, D, acc1 / share)
+    if lse is not None:
+        tl.store(lse + row.to(tl.int64) * heads, top * (unit * _LN2) + tl.log(total), row < queries)
 
 
 @kernel
@@ -148,18 +208,11 @@ def _flash(
     v += (b * v_b + h * v_h) * VEC
     if MASK:
         mask += b * m_b + h * m_h
+    out += (b * queries * heads + h) * D
+    if lse is not None:
+        lse += b * queries * heads + h
     row = tile * M + tl.arange(0, M)
-    column0 = tl.arange(0, D0)
-    column1 = D0 + tl.arange(0, D1 if D1 else 16)
-    q0 = _load(q, row, q_s * VEC, column0, queries, D, WIDEN, False)
-    q1 = q0
-    if D1:
-        q1 = _load(q, row, q_s * VEC, column1, queries, D, WIDEN, False)
-    acc0 = tl.zeros([M, D0], tl.float32)
-    acc1 = tl.zeros([M, D1 if D1 else 16], tl.float32)
-    top = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    share = tl.zeros([M], tl.float32)
+    both = _load_queries(q, row, q_s * VEC, queries, WIDEN, D, D0, D1)
     # The logits' unit in powers of two; the scale is in them already where a mask was added.
     unit = _LOG2E if MASK == 2 else scale * _LOG2E
     end = keys
@@ -167,23 +220,26 @@ def _flash(
     if CAUSAL:
         end = tl.minimum(keys, tile * M + M)
         every = tl.minimum(every, tile * M // N * N)
+    state = _start(M, D0, D1)
     for first in range(0, every, N):
-        acc0, acc1, top, total, share = _step(
-            q0, q1, acc0, acc1, top, total, share, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k,
-            queries, keys, scale, unit, WIDEN, N, D, D0, D1, MASK, False, True,
+        key = first + tl.arange(0, N)
+        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, True)
+        state = _accumulate(
+            both, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, False, True
         )
     for first in range(every, end, N):
-        acc0, acc1, top, total, share = _step(
-            q0, q1, acc0, acc1, top, total, share, k, v, mask, row, first, k_s * VEC, v_s * VEC, m_q, m_k,
-            queries, keys, scale, unit, WIDEN, N, D, D0, D1, MASK, CAUSAL, False,
+        key = first + tl.arange(0, N)
+        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, False)
+        state = _accumulate(
+            both, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, CAUSAL, False
         )
-    out += (b * queries * heads + h) * D
-    _store(out, row, queries, heads * D, column0, D, _finish(acc0, share))
-    if D1:
-        _store(out, row, queries, heads * D, column1, D, _finish(acc1, share))
-    if lse is not None:
-        at = (b * queries + row) * heads + h
-        tl.store(lse + at, top * (unit * _LN2) + tl.log(total), row < queries)
+    _finish(state, out, lse, row, queries, heads, unit, D, D0, D1)
+
+
+@_math.device
+def _keys_of(i: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr):
+    """The keys of block i, of which the one after COUNT is of size REST."""
+    return i * N + tl.arange(0, REST if i == COUNT else N)
 
 
 @kernel
@@ -192,10 +248,12 @@ def _few_keys(
     queries: i32, keys: i32, heads: i32, tiles: i32, turns: i32,
     q_b: i64, q_s: i64, q_h: i64, k_b: i64, k_s: i64, k_h: i64, v_b: i64, v_s: i64, v_h: i64,
     m_b: i64, m_h: i64, m_q: i64, m_k: i64, scale: fp32,
-    VEC: tl.constexpr, M: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, D: tl.constexpr, D0: tl.constexpr,
-    D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
+    VEC: tl.constexpr, M: tl.constexpr, N: tl.constexpr, COUNT: tl.constexpr, REST: tl.constexpr,
+    HOIST: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, MASK: tl.constexpr,
+    CAUSAL: tl.constexpr, WIDEN: tl.constexpr,
 ):
-    """Each program loads one head's keys and values once and takes ``turns`` tiles of queries in turn."""
+    """Each program loads one head's keys and values once, COUNT blocks of N and one of REST, and takes ``turns``
+    tiles of queries in turn."""
     pid = tl.program_id(0)
     chunk = pid % tiles
     h = (pid // tiles % heads).to(tl.int64)
@@ -206,50 +264,28 @@ def _few_keys(
     if MASK:
         mask += b * m_b + h * m_h
     out += (b * queries * heads + h) * D
-    column0 = tl.arange(0, D0)
-    column1 = D0 + tl.arange(0, D1 if D1 else 16)
-    key0 = tl.arange(0, N0)
-    key1 = N0 + tl.arange(0, N1 if N1 else 16)
-    k00 = _load(k, key0, k_s * VEC, column0, keys, D, WIDEN, False)
-    v00 = _load(v, key0, v_s * VEC, column0, keys, D, WIDEN, False)
-    k01, v01, k10, v10, k11, v11 = k00, v00, k00, v00, k00, v00
-    if D1:
-        k01 = _load(k, key0, k_s * VEC, column1, keys, D, WIDEN, False)
-        v01 = _load(v, key0, v_s * VEC, column1, keys, D, WIDEN, False)
-    if N1:
-        k10 = _load(k, key1, k_s * VEC, column0, keys, D, WIDEN, False)
-        v10 = _load(v, key1, v_s * VEC, column0, keys, D, WIDEN, False)
-        if D1:
-            k11 = _load(k, key1, k_s * VEC, column1, keys, D, WIDEN, False)
-            v11 = _load(v, key1, v_s * VEC, column1, keys, D, WIDEN, False)
+    if lse is not None:
+        lse += b * queries * heads + h
+    BLOCKS: tl.constexpr = COUNT + (1 if REST else 0)
+    held = ()
+    for i in tl.static_range(BLOCKS):
+        key = _keys_of(i, N, COUNT, REST)
+        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, i < BLOCKS - 1)
+        held = held + (block,)  # type: ignore[assignment]  # noqa: RUF005
     unit = _LOG2E if MASK == 2 else scale * _LOG2E
     first = chunk * turns * M
-    for start in range(first, tl.minimum(first + turns * M, queries), M):
+    # Hoisted out of the loop, the places of all blocks would fill the registers.
+    for start in tl.range(first, tl.minimum(first + turns * M, queries), M, disable_licm=not HOIST):
         row = start + tl.arange(0, M)
-        q0 = _load(q, row, q_s * VEC, column0, queries, D, WIDEN, False)
-        q1 = q0
-        if D1:
-            q1 = _load(q, row, q_s * VEC, column1, queries, D, WIDEN, False)
-        acc0 = tl.zeros([M, D0], tl.float32)
-        acc1 = tl.zeros([M, D1 if D1 else 16], tl.float32)
-        top = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        share = tl.zeros([M], tl.float32)
-        acc0, acc1, top, total, share = _accumulate(
-            q0, q1, k00, k01, v00, v01, acc0, acc1, top, total, share, mask, row, key0, m_q, m_k, queries, keys,
-            scale, unit, D1, MASK, CAUSAL, False,
-        )
-        if N1:
-            acc0, acc1, top, total, share = _accumulate(
-                q0, q1, k10, k11, v10, v11, acc0, acc1, top, total, share, mask, row, key1, m_q, m_k, queries, keys,
-                scale, unit, D1, MASK, CAUSAL, False,
+        both = _load_queries(q, row, q_s * VEC, queries, WIDEN, D, D0, D1)
+        state = _start(M, D0, D1)
+        for i in tl.static_range(BLOCKS):
+            key = _keys_of(i, N, COUNT, REST)
+            state = _accumulate(
+                both, held[i], state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, CAUSAL,
+                i < BLOCKS - 1,
             )
-        _store(out, row, queries, heads * D, column0, D, _finish(acc0, share))
-        if D1:
-            _store(out, row, queries, heads * D, column1, D, _finish(acc1, share))
-        if lse is not None:
-            at = (b * queries + row) * heads + h
-            tl.store(lse + at, top * (unit * _LN2) + tl.log(total), row < queries)
+        _finish(state, out, lse, row, queries, heads, unit, D, D0, D1)
 
 
 @functools.cache
@@ -268,22 +304,34 @@ def on_chip(device: torch.device) -> int:
     return getattr(properties, "shared_memory_per_block_optin", 1 << 16)
 
 
-def split_keys(keys: int) -> tuple[int, int]:
-    """Few keys in two parts, neither larger than the registers' share of logits."""
-    return (256, 256) if keys > 320 else split(keys)
+def few_keys_blocks(keys: int, most: int) -> tuple[int, int, int]:
+    """Keys in blocks: their size, at most ``most``, how many there are, and a smaller one for the rest, 0 if none."""
+    block = min(split(keys)[0], most)
+    count, left = divmod(keys, block)
+    rest = max(SMALLEST, power_of_2(left)) if left else 0
+    return (block, count + 1, 0) if rest == block else (block, count, rest)
 
 
-def few_keys_fit(keys: int, depth: int, itemsize: int, limit: int) -> bool:
-    """Whether keys and values of one head stay on the chip, beside a tile of queries and of weights."""
-    # So that nothing spills: in fp32 there are no matrix instructions, and the registers hold less.
-    most = 128 if itemsize == 4 else FEW_KEYS if depth <= 64 and not split(depth)[1] else 160
-    n, d = sum(split_keys(keys)), sum(split(depth))
-    return keys <= most and depth <= 256 and (2 * n * d + 64 * (n + d)) * itemsize <= limit
+@functools.lru_cache(maxsize=4096)
+def _fit(keys: int, depth: int, itemsize: int, limit: int, m: int, n: int, most: int) -> bool:
+    """Whether keys and values of one head stay on the chip, beside a tile of queries."""
+    if keys > most or depth > 256:
+        return False
+    block, count, rest = few_keys_blocks(keys, n)
+    # Without matrix instructions a tile of weights too.
+    tile = m * (sum(split(depth)) + (block if itemsize == 4 else 0))
+    return (2 * (block * count + rest) * sum(split(depth)) + tile) * itemsize + SLACK <= limit
 
 
-def tuned_for(op: str, size: int, q: Tensor) -> Config:
-    """The configuration of ``op`` at a size (head dimension, or number of keys)."""
-    return config(op, q.device, "fp32" if q.dtype == torch.float32 else power_of_2(size + 1) // 2)
+def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> bool:
+    """Whether the kernel for few keys takes so many."""
+    tuned = _short(depth, itemsize, device)
+    most = tuned["keys" if depth <= 64 and not split(depth)[1] else "keys_deep"]
+    return _fit(keys, depth, itemsize, on_chip(device), tuned["m"], tuned["n"], most)
+
+
+def _short(depth: int, itemsize: int, device: torch.device) -> Config:
+    return config("short_attention", device, "fp32" if itemsize == 4 else sum(split(depth)))
 
 
 def run(
@@ -315,17 +363,18 @@ def run(
     tensors = (q, k, v, attn_mask, out, lse if return_lse else None)
     scalars = (*[n // vec for n in strides], *mask_strides, depth**-0.5 if scale is None else scale)
     shape = (depth, *split(depth), mask_kind, is_causal, widen)
-    if few_keys_fit(keys, depth, q.element_size(), on_chip(q.device)):
-        tuned = tuned_for("short_attention", keys, q)
+    itemsize = q.element_size()
+    if few_keys_fit(keys, depth, itemsize, q.device):
+        tuned = _short(depth, itemsize, q.device)
         m = tuned["m"]
         programs = tuned["waves"] * processors(q.device)
         turns = max(1, cdiv(queries, m) * batch * heads // programs)
         tiles = cdiv(queries, m * turns)
-        sizes = (queries, keys, heads, tiles, turns)
-        constants = (vec, m, *split_keys(keys), *shape)
+        sizes: tuple[int, ...] = (queries, keys, heads, tiles, turns)
+        constants = (vec, m, *few_keys_blocks(keys, tuned["n"]), tuned["hoist"], *shape)
         _few_keys.launch(batch * heads * tiles, tensors, (*sizes, *scalars), constants, warps=tuned["warps"])
     else:
-        tuned = tuned_for("attention", depth, q)
+        tuned = config("attention", q.device, "fp32" if itemsize == 4 else power_of_2(depth + 1) // 2)
         tiles = cdiv(queries, tuned["m"])
         _flash.launch(
             batch * heads * tiles,

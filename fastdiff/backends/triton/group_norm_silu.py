@@ -253,7 +253,8 @@ def _plan(
     if pixels == 1 and stride[1] == 1:
         contiguous, last = False, True
     width, wide = _width(channels, groups, last and channels % WIDE == 0)
-    tile = max(1, pixels_of_tile * CHANNELS // wide)
+    # Pixels that are innermost are read 16 bytes at a time, where a tile of so many fits the registers.
+    tile = max(WIDE if not last and wide <= 1024 else 1, pixels_of_tile * CHANNELS // wide)
     blocks = cdiv(channels, width)
     tiles = cdiv(pixels, tile)
     splits = 1 if pixels <= once else max(1, min(tiles, cdiv(programs, batch * blocks)))

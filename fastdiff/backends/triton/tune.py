@@ -22,6 +22,8 @@ from fastdiff.backends.triton._config import Config
 
 #: A configuration must be this much faster than the shipped one to take its place.
 MARGIN = 1.03
+#: Head dimensions of models, at which torch's attention is compared.
+DEPTHS = (40, 64, 72, 80, 88, 96, 112, 128, 160, 256, 512)
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Task:
     choices: dict[str, tuple[Any, ...]]
     call: Callable[[], Any]
 
-    def candidates(self) -> list[Config]:
+    def candidates(self, table: dict[str, Config]) -> list[Config]:
         """The entry as it is, then every other combination."""
-        current = _config.DEFAULT.get(self.key) or _config.DEFAULT[self.key.partition("/")[0]]
+        current = table.get(self.key) or table[self.key.partition("/")[0]]
         others = [dict(zip(self.choices, values, strict=True)) for values in itertools.product(*self.choices.values())]
         return [current, *(current | other for other in others if current | other != current)]
 
@@ -62,22 +64,40 @@ def tasks(device: torch.device) -> Iterator[Task]:
         choices = {"m": (64, 128), "n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
         bucket = (1 << depth.bit_length()) // 2
         yield Task(f"attention/{bucket}", choices, partial(attention.run, q, q, q))
-    for keys in (77, 300, 512):
-        q, k = random(2, 4096, 8, 64), random(2, keys, 8, 64)
-        bucket = (1 << keys.bit_length()) // 2
-        choices = {"m": (64, 128), "warps": (4, 8), "waves": (1, 2, 4)}
-        yield Task(f"short_attention/{bucket}", choices, partial(attention.run, q, k, k))
+    q, k = random(2, 4096, 8, 64), random(2, 77, 8, 64)
+    choices = {"m": (32, 64, 128), "n": (32, 64, 128), "warps": (4, 8), "waves": (1, 2, 4)}
+    yield Task("short_attention", choices, lambda: attention.run(q, k, k))
+
+
+def against_torch(device: torch.device, measure: Callable[[Callable[[], Any]], float]) -> Config:
+    """The entry ``torch_attention``: head dimensions at which torch's attention is the faster one by MARGIN."""
+    from fastdiff.backends.triton import attention
+
+    torch_attention: Any = torch.nn.functional.scaled_dot_product_attention
+    found: Config = {"many": [], "few": [], "source": "measured by tune"}
+    for which, keys in (("many", 4096), ("few", 77)):
+        for depth in DEPTHS:
+            q, k = (
+                torch.randn(2, n, 8 if depth < 512 else 1, depth, device=device, dtype=torch.bfloat16)
+                for n in (4096, keys)
+            )
+            of_torch = [t.transpose(1, 2) for t in (q, k, k)]
+            ours = measure(partial(attention.run, q, k, k))
+            if ours / measure(partial(torch_attention, *of_torch)) >= MARGIN:
+                found[which].append(depth)
+    return found
 
 
 def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
     """The median time of a call on the GPU, its buffers flushed from the cache before each."""
-    flush = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    device = backend.device_type()
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
     for _ in range(3):
         call()
     times = []
     for _ in range(repeats):
         flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.Event(device, enable_timing=True) for _ in range(2))
         start.record()
         call()
         end.record()
@@ -94,7 +114,7 @@ def best(task: Task, device: torch.device, measure: Callable[[Callable[[], Any]]
     table = _config.table(device)
     saved = table.get(task.key)
     times: list[tuple[float, Config]] = []
-    for candidate in task.candidates():
+    for candidate in task.candidates(dict(table)):
         table[task.key] = candidate
         _config.config.cache_clear()
         try:
@@ -118,7 +138,7 @@ def tune(device: torch.device, measure: Callable[[Callable[[], Any]], float] = m
     found: dict[str, Config] = {}
     planned = list(tasks(device))
     with Progress() as progress:
-        bar = progress.add_task("tuning", total=len(planned))
+        bar = progress.add_task("tuning", total=len(planned) + 1)
         for task in planned:
             progress.update(bar, description=task.key)
             config, gain = best(task, device, measure)
@@ -126,25 +146,33 @@ def tune(device: torch.device, measure: Callable[[Callable[[], Any]], float] = m
                 found[task.key] = config
                 progress.console.print(f"{task.key}: {gain:.2f} times as fast with {config}")
             progress.advance(bar)
+        progress.update(bar, description="torch_attention")
+        _save(found, device)
+        found["torch_attention"] = against_torch(device, measure)
+        progress.advance(bar)
+    _save(found, device)
+    return found
+
+
+def _save(found: dict[str, Config], device: torch.device) -> None:
     path = _config.cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     _config.table.cache_clear()
     _config.config.cache_clear()
-    return found
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``python -m fastdiff tune``."""
-    parser.add_argument("--device", default="cuda", help="which GPU (default: cuda)")
+    parser.add_argument("--device", default=backend.device_type(), help="which GPU (default: %(default)s)")
     parser.add_argument("--reset", action="store_true", help="forget what was tuned before, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
     """``python -m fastdiff tune``."""
     reason = backend.why_not()
-    if reason is None and (backend.INTERPRETED or not torch.cuda.is_available()):
-        reason = "torch sees no CUDA or ROCm GPU"
+    if reason is None and (backend.INTERPRETED or not getattr(torch, backend.device_type()).is_available()):
+        reason = "torch sees no GPU that Triton can use"
     if reason is not None:
         sys.stderr.write(f"there is nothing to tune: {reason}\n")
         return 1
@@ -156,5 +184,8 @@ def run(args: argparse.Namespace) -> int:
     path.unlink(missing_ok=True)
     _config.table.cache_clear()
     found = tune(device)
-    sys.stdout.write(f"{len(found)} configurations are faster than the shipped ones; they are in {path}\n")
+    sys.stdout.write(f"{len(found) - 1} configurations are faster than the shipped ones; they are in {path}\n")
+    for which, depths in found["torch_attention"].items():
+        if which != "source":
+            sys.stdout.write(f"torch's attention is the faster one with {which} keys at head dimensions: {depths}\n")
     return 0
