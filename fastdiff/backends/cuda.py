@@ -17,8 +17,8 @@ from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
 from fastdiff.backends.cpu import run_overload
 
-#: The longest rows, largest groups of channels and head dimension, as in csrc/cuda/kernels.h and attention.cuh.
-MAX_COLUMNS, MAX_DEPTH, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 256, 1024, 2**31
+#: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
+MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
 
 #: Where something else was measured to be faster: by op and compute capability, a function of the op's arguments that
 #: gives the reason or ``None``. What is not in here is served in the order of ``fastdiff.backends.BACKENDS``.
@@ -78,11 +78,17 @@ def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> s
 def _attention(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
     if q.dtype == torch.float32:
         return "q is float32, which the tensor cores would round"
-    if q.shape[3] > MAX_DEPTH:
-        return f"the head dimension is {q.shape[3]}, more than {MAX_DEPTH}"
     mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
     if mask is not None and (mask.shape[-1] != args[0].shape[1] or mask.stride(-1) != 1):
         return "attn_mask is broadcast along the keys or not contiguous along them"
+    return None
+
+
+def _qk_norm_rope(*args: Any, **kwargs: Any) -> str | None:
+    for position, name in ((6, "cos"), (7, "sin")):
+        table = kwargs.get(name, args[position] if len(args) > position else None)
+        if table is not None and table.dtype != torch.float32:
+            return f"a rotary table is {str(table.dtype)[6:]}"
     return None
 
 
@@ -93,6 +99,7 @@ _LIMITS: dict[str, Refuse] = {
     "gate_residual": _row_too_long,
     "gate_residual_adaln": _row_too_long,
     "group_norm_silu": _group_too_large,
+    "qk_norm_rope": _qk_norm_rope,
 }
 #: The ops that have a CUDA kernel.
 OPS = (
@@ -104,6 +111,7 @@ OPS = (
     "geglu",
     "gelu_tanh",
     "group_norm_silu",
+    "qk_norm_rope",
     "scheduler_step",
     "swiglu",
 )

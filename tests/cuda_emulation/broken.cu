@@ -89,7 +89,7 @@ __global__ void copy_without_waiting(const float* x, float* out) {
 
 const char* run(const std::string& name, const float* x, float* out) {
   const size_t shared = kThreads * sizeof(float);
-  const auto with = [&](auto kernel, auto... more) { return launch(kernel, dim3(2), dim3(kThreads), shared, nullptr, x, out, more...); };
+  const auto with = [&](auto kernel, auto... more) { return launch(kernel, 2, dim3(kThreads), shared, nullptr, x, out, more...); };
   if (name == "reverse") return with(reverse<true>);
   if (name == "reverse, no barrier") return with(reverse<false>);
   if (name == "reverse twice") return with(reverse_twice<true>);

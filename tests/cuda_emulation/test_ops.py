@@ -21,6 +21,7 @@ FILES = {
     "geglu": "gelu",
     "gelu_tanh": "gelu",
     "group_norm_silu": "group_norm_silu",
+    "qk_norm_rope": "qk_norm_rope",
     "scheduler_step": "scheduler_step",
     "swiglu": "swiglu",
 }

@@ -108,6 +108,9 @@ class TestNumerics:
             (2, 33, 31, 3, 33),  # odd depth
             (20, 17, 5, 2, 7),
             (2, 100, 1, 2, 24),  # the only key counts exactly 1
+            (2, 13, 300, 2, 64),  # few queries
+            (1, 1, 70, 3, 88),
+            (1, 16, 20, 1, 256),
         ],
         ids=str,
     )
