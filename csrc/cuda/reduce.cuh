@@ -57,8 +57,8 @@ struct Moments {
 
   __device__ __forceinline__ void merge(float n, float other_mean, float other_m2) {
     const float both = count + n;
-    if (both == 0.0f) return;
-    const float delta = other_mean - mean, share = __fdividef(n, both);
+    // No branch: between shuffles it would cost a call each.
+    const float delta = other_mean - mean, share = both == 0.0f ? 0.0f : __fdividef(n, both);
     mean += delta * share;
     m2 += other_m2 + delta * delta * count * share;
     count = both;

@@ -20,10 +20,6 @@ from fastdiff.backends.cpu import run_overload
 #: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
 MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
 
-#: Where something else was measured to be faster: by op and compute capability, a function of the op's arguments that
-#: gives the reason or ``None``. What is not in here is served in the order of ``fastdiff.backends.BACKENDS``.
-MEASURED: dict[tuple[str, tuple[int, int]], Refuse] = {}
-
 
 def why_not() -> str | None:
     """Why no CUDA kernel can run with this installation, or ``None``. GPUs are looked at when tensors come."""
@@ -75,11 +71,11 @@ def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> s
     return None
 
 
-def _attention(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
     if q.dtype == torch.float32:
         return "q is float32, which the tensor cores would round"
-    mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
-    if mask is not None and (mask.shape[-1] != args[0].shape[1] or mask.stride(-1) != 1):
+    keys = k.shape[1]
+    if attn_mask is not None and (attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1)):
         return "attn_mask is broadcast along the keys or not contiguous along them"
     return None
 
@@ -128,9 +124,8 @@ def refuse_table(device: str) -> dict[str, Refuse]:
             reason = general(*args, **kwargs) or (limit(*args, **kwargs) if limit else None)
             if reason is not None or device != "cuda":
                 return reason
-            index = args[0].get_device()
-            measured = MEASURED.get((op, torch.cuda.get_device_capability(index))) if MEASURED else None
-            return device_reason(index) or (measured(*args, **kwargs) if measured else None)
+            first = args[0] if args else next(iter(kwargs.values()))
+            return device_reason(first.get_device())
 
         return of_call
 

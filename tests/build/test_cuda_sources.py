@@ -23,8 +23,6 @@ RECORD = Path(__file__).with_name("cuda_budgets.json")
 SOURCES = sorted(path.stem for path in ROOT.glob("csrc/cuda/*.cu"))
 #: Another nvcc allocates registers a little differently.
 SLACK = 8
-#: Of a convergence barrier kept on the stack for once; values that do not fit cost hundreds.
-SPILL_LIMIT = 16
 
 pytestmark = [needs_sources, pytest.mark.skipif(not shutil.which("nvcc"), reason="there is no nvcc")]
 
@@ -83,9 +81,7 @@ def test_budgets(source: str, tmp_path: Path) -> None:
     for name, kernel in measured.items():
         assert kernel["registers"] <= record[name]["registers"] + SLACK, (name, kernel, record[name])
         assert kernel["shared"] <= record[name]["shared"], (name, kernel, record[name])
-        # Attention at the largest head dimension fills the registers.
-        allowed = record[name]["spilled"] if source.startswith("attention") else SPILL_LIMIT
-        assert kernel["spilled"] <= allowed, (name, kernel, record[name])
+        assert kernel["spilled"] <= (record[name]["spilled"] if source.startswith("attention") else 0), (name, kernel)
 
 
 if __name__ == "__main__":

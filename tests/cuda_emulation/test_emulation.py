@@ -51,6 +51,14 @@ def test_correct_kernels(library: ctypes.CDLL, name: str, seed: int) -> None:
         ("copy to beyond the end", "writes 4 bytes out of bounds"),
         ("write the input", "writes 4 bytes of an input"),
         ("packs, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
+        ("packs, written misaligned", "writes 16 bytes at an address that is not a multiple of 16"),
+        ("packs, written beyond the end", r"writes 16 bytes out of bounds: at byte \d+ of a tensor"),
+        ("packs over the end", r"reads 8 bytes out of bounds: at byte \d+ of a tensor"),
+        ("asynchronous copy, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
+        ("asynchronous copy to a misaligned place", "writes 16 bytes at an address that is not a multiple of 16"),
+        ("asynchronous copy beyond the end", r"reads 16 bytes out of bounds: at byte \d+ of a tensor"),
+        ("matrices, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
+        ("matrices past shared memory", "reads 16 bytes out of bounds"),
         ("past shared memory", "written behind the 256 bytes of shared memory"),
         ("barrier of some", "__shfl_xor_sync|threads wait for ever"),
         ("masks differ", "different masks"),
@@ -60,7 +68,7 @@ def test_errors(library: ctypes.CDLL, name: str, message: str) -> None:
 
     for seed in SEEDS:
         assert re.search(message, error := run(library, name, seed)[2]), error
-    assert run(library, "copy", 0)[2] == ""  # an error leaves nothing behind
+    assert run(library, "copy", 0)[2] == run(library, "matrices", 0)[2] == ""  # an error leaves nothing behind
 
 
 @pytest.mark.parametrize(
@@ -70,6 +78,7 @@ def test_errors(library: ctypes.CDLL, name: str, message: str) -> None:
         "reverse twice, no barrier after reading",
         "shared memory half written",
         "asynchronous copy, not waited for",
+        "asynchronous copy, no barrier",
     ],
 )
 def test_wrong_results(library: ctypes.CDLL, name: str) -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
+    BACKEND,
     DTYPES,
     Arguments,
     assert_compiles,
@@ -111,6 +112,7 @@ class TestNumerics:
             (2, 13, 300, 2, 64),  # few queries
             (1, 1, 70, 3, 88),
             (1, 16, 20, 1, 256),
+            *([(1, 70, 50, 1, 512)] if BACKEND != "cpu" else []),  # the CPU's leaves it to torch
         ],
         ids=str,
     )
