@@ -14,8 +14,12 @@ using Args = cpu::GroupNormSiluArgs;
 using cpu::ChannelValues;
 
 constexpr int kBlock = 256;
-constexpr int64_t kChunk = 4096;       // a block's elements at least
-constexpr int64_t kWhole = 32768;      // a second launch costs more than a block that does all of these
+constexpr int64_t kChunk = 4096;  // a block's elements at least
+#ifdef FASTDIFF_CUDA_EMULATION
+constexpr int64_t kWhole = 2048;  // so that small tensors go both ways
+#else
+constexpr int64_t kWhole = 32768;  // a second launch costs more than a block that does all of these
+#endif
 
 // What the kernels share. Group g of sample b has the moments of its `chunks`, and its pivot, at partial(b, g).
 struct Problem {

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from emulated import HERE, compile_objects, link
+from source_tree import ROOT
 from torch import Tensor
 
 SEEDS = range(5)
@@ -88,3 +89,13 @@ def test_wrong_results(library: ctypes.CDLL, name: str) -> None:
         right = 2 * x.flip(0) + 1 if "twice" in name else x if "half" in name else x.flip(0)
         assert error == ""
         assert not torch.equal(out, right)
+
+
+def test_inline_ptx_lies_in_one_header_and_has_twins() -> None:
+    assert [p.name for p in ROOT.glob("csrc/cuda/*") if re.search(r"\basm\b", p.read_text())] == ["ptx.cuh"]
+    text = (ROOT / "csrc/cuda/ptx.cuh").read_text().partition("#ifdef FASTDIFF_CUDA_EMULATION")[2]
+    twins, wrappers = (
+        set(re.findall(r"^(?:__device__ __forceinline__ |inline )?(?:void|float) (\w+)\(", part, re.M))
+        for part in text.split("#else")
+    )
+    assert twins == wrappers and len(twins) == 6
