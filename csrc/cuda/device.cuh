@@ -113,7 +113,16 @@ struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
   T v[n];
 };
 
-// `width` elements from p on, which is aligned to a pack.
+// What one instruction moves at most, and how to have it write that: assignments are sometimes cut into words.
+#ifdef FASTDIFF_CUDA_EMULATION
+using Vector = Pack<uint32_t, 4>;
+inline void write_vector(Vector* p, const Vector& v) { *p = v; }
+#else
+using Vector = uint4;
+__device__ __forceinline__ void write_vector(Vector* p, const Vector& v) { __stwb(p, v); }
+#endif
+
+// `width` elements from p on, which is aligned to a pack. Packs are written to global memory only.
 template <int width, class T>
 __device__ __forceinline__ void load(const T* p, float (&out)[width]) {
   check_read(p, sizeof(Pack<T, width>), alignof(Pack<T, width>));
@@ -127,7 +136,14 @@ __device__ __forceinline__ void store(T* p, const float (&in)[width]) {
 #pragma unroll
   for (int i = 0; i < width; ++i) pack.v[i] = from_float<T>(in[i]);
   check_write(p, sizeof pack, alignof(Pack<T, width>));
-  *reinterpret_cast<Pack<T, width>*>(p) = pack;
+  if constexpr (sizeof pack % sizeof(Vector) == 0) {
+    Vector vectors[sizeof pack / sizeof(Vector)];
+    memcpy(vectors, &pack, sizeof pack);
+#pragma unroll
+    for (size_t i = 0; i < sizeof pack / sizeof(Vector); ++i) write_vector(reinterpret_cast<Vector*>(p) + i, vectors[i]);
+  } else {
+    *reinterpret_cast<Pack<T, width>*>(p) = pack;
+  }
 }
 template <class T>
 __device__ __forceinline__ float load_one(const T* p) {

@@ -103,6 +103,8 @@ __global__ void __launch_bounds__(kBlock) whole_kernel(const __grid_constant__ P
 // rows-th pixel.
 template <int width>
 constexpr int kTileThreads = width == 1 ? kMaxGroupChannels : kBlock;
+template <int width>
+constexpr int kTileBlocks = width == 1 ? 1 : 2;  // of a multiprocessor; left to choose, the compiler would spill for 4
 struct TilePlace {
   uint32_t chunk, tile, b;
   int64_t first_pixel, end_pixel;
@@ -218,7 +220,8 @@ __device__ __forceinline__ void tile_map(const Problem& p, const float* statisti
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(kTileThreads<width>, width == 1 ? 1 : 2) tile_moments_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kTileThreads<width>, kTileBlocks<width>)
+    tile_moments_kernel(const __grid_constant__ Problem p) {
   const TilePlace t = tile_place<width>(p);
   float* pivots = dynamic_shared<float>();
   const int64_t first_group = t.tile * p.tile / p.group_size;
@@ -228,7 +231,8 @@ __global__ void __launch_bounds__(kTileThreads<width>, width == 1 ? 1 : 2) tile_
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(kTileThreads<width>, width == 1 ? 1 : 2) tile_map_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kTileThreads<width>, kTileBlocks<width>)
+    tile_map_kernel(const __grid_constant__ Problem p) {
   float* statistics = dynamic_shared<float>();
   const TilePlace t = tile_place<width>(p);
   const int64_t first_group = t.tile * p.tile / p.group_size;
@@ -237,7 +241,8 @@ __global__ void __launch_bounds__(kTileThreads<width>, width == 1 ? 1 : 2) tile_
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(kTileThreads<width>, width == 1 ? 1 : 2) whole_tile_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kTileThreads<width>, kTileBlocks<width>)
+    whole_tile_kernel(const __grid_constant__ Problem p) {
   float* pivots = dynamic_shared<float>();
   float* statistics = pivots + p.tile / p.group_size;
   tile_moments<T, width>(p, tile_place<width>(p), pivots, statistics + 2 * (p.tile / p.group_size),

@@ -27,7 +27,7 @@ __device__ __forceinline__ void write(void* to, DType dtype, int64_t at, int64_t
 }
 
 template <class Sum, int width>
-__global__ void __launch_bounds__(kBlock) scheduler_step_kernel(const __grid_constant__ Args args) {
+__global__ void __launch_bounds__(kBlock, 8) scheduler_step_kernel(const __grid_constant__ Args args) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) * width, left = args.numel - at;
   if (left <= 0) return;
   Sum next[width] = {}, entry[width] = {}, kept[width] = {};
