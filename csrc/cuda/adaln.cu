@@ -1,7 +1,7 @@
 // y = residual + gate * x and out = norm(y) * (1 + scale) + shift, or either alone
 //
-// A row, of whole packs or one element at a time, is held in the registers of the warps that share it. The mean's rounding error is measured with the variance
-// and taken out of both.
+// A row, of whole packs or one element at a time, is held in the registers of the warps that share it. The mean's rounding
+// error is measured with the variance and taken out of both.
 #include "reduce.cuh"
 
 namespace fastdiff::cuda {
@@ -26,7 +26,8 @@ struct Place {
 };
 
 template <class T, int width>
-__global__ void __launch_bounds__(kMaxThreads<width>) adaln_kernel(cpu::AdalnArgs args, int64_t rows, int axes) {
+__global__ void __launch_bounds__(kMaxThreads<width>)
+    adaln_kernel(const __grid_constant__ cpu::AdalnArgs args, int64_t rows, int axes) {
   constexpr int kPacks = kHeld<width> / width;
   FASTDIFF_SHARED(float[2][2 * kMaxThreads<width> / kWarp], scratch);
   const int warps = blockDim.x / kWarp;
@@ -159,7 +160,7 @@ const char* adaln(const cpu::AdalnArgs& args, Stream stream) {
     const int64_t wanted = ceil_div(args.columns, kHeld<width>);
     const unsigned threads = std::max(kWarp, power_of_two(wanted, kMaxThreads<width>));
     const unsigned rows_per_block = std::max(1u, kBlock / threads);
-    return launch(adaln_kernel<decltype(tag), width>, dim3(ceil_div(rows, rows_per_block)),
+    return launch(adaln_kernel<decltype(tag), width>, ceil_div(rows, rows_per_block),
                   dim3(threads, rows_per_block), 0, stream, args, rows, axes);
   });
 }

@@ -22,8 +22,8 @@ __device__ __forceinline__ void guided(const Args& args, int64_t at, int64_t lef
 
 // Of chunk c of sample s: two packs at workspace[8 (s chunks + c)], the moments of cond and of the guided result.
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) cfg_moments_kernel(Args args, float* workspace, uint32_t chunks,
-                                                             int64_t chunk) {
+__global__ void __launch_bounds__(kBlock)
+    cfg_moments_kernel(const __grid_constant__ Args args, float* workspace, uint32_t chunks, int64_t chunk) {
   FASTDIFF_SHARED(Moments[2][kBlock / kWarp], scratch);
   const int64_t first = static_cast<int64_t>(blockIdx.x / chunks) * args.numel;
   const int64_t begin = static_cast<int64_t>(blockIdx.x % chunks) * chunk;
@@ -51,8 +51,8 @@ __global__ void __launch_bounds__(kBlock) cfg_moments_kernel(Args args, float* w
 
 // chunks: of moments in the workspace, or 0 for no rescale.
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) cfg_combine_kernel(Args args, const float* workspace, uint32_t blocks,
-                                                             uint32_t chunks) {
+__global__ void __launch_bounds__(kBlock)
+    cfg_combine_kernel(const __grid_constant__ Args args, const float* workspace, uint32_t blocks, uint32_t chunks) {
   FASTDIFF_SHARED(float[2], deviation);
   const int64_t sample = blockIdx.x / blocks;
   float factor = 1.0f;
@@ -86,12 +86,12 @@ const char* cfg_combine(const Args& args, float* workspace, Stream stream) {
     if (args.guidance_rescale > 0) {
       const int64_t chunk = ceil_div(ceil_div(args.numel, std::min(kMaxChunks, ceil_div(args.numel, kChunk))), 8) * 8;
       chunks = ceil_div(args.numel, chunk);
-      const char* error = launch(cfg_moments_kernel<T, width>, dim3(args.samples * chunks), dim3(kBlock), 0, stream,
+      const char* error = launch(cfg_moments_kernel<T, width>, args.samples * chunks, dim3(kBlock), 0, stream,
                                  args, workspace, chunks, chunk);
       if (error) return error;
     }
     const int64_t blocks = ceil_div(args.numel, kBlock * width);  // of a sample
-    return launch(cfg_combine_kernel<T, width>, dim3(args.samples * blocks), dim3(kBlock), 0, stream, args,
+    return launch(cfg_combine_kernel<T, width>, args.samples * blocks, dim3(kBlock), 0, stream, args,
                   static_cast<const float*>(workspace), blocks, chunks);
   });
 }

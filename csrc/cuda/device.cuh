@@ -8,6 +8,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <type_traits>
 
@@ -19,6 +20,7 @@ using cpu::DType;
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a launch
 
 #ifdef FASTDIFF_CUDA_EMULATION
 // A variable in shared memory: FASTDIFF_SHARED(float[32], partial);
@@ -35,8 +37,10 @@ inline int multiprocessors() { return emulation::kMultiprocessors; }
 inline int64_t shared_memory_limit() { return emulation::kSharedLimit; }
 
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream, Arguments... arguments) {
-  emulation::run(__PRETTY_FUNCTION__, grid, block, shared, [=] { kernel(arguments...); });
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, size_t shared, Stream,
+                   Arguments... arguments) {
+  if (blocks > kMaxBlocks) return "the call needs more than 2^31 blocks";
+  emulation::run(__PRETTY_FUNCTION__, dim3(blocks), block, shared, [=] { kernel(arguments...); });
   return nullptr;
 }
 #else
@@ -53,24 +57,28 @@ __device__ inline T* dynamic_shared() {
 template <cudaDeviceAttr attribute>
 int device_attribute() {
   constexpr int kDevices = 64;
-  static int known[kDevices];  // 0: not yet; racing threads write the same value
-  int device = 0;
+  static std::atomic<int> known[kDevices];  // 0: not yet
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  if (device < 0 || device >= kDevices) device = kDevices - 1;
-  if (known[device] == 0) cudaDeviceGetAttribute(&known[device], attribute, device);
-  return known[device];
+  if (device < kDevices) value = known[device].load(std::memory_order_relaxed);
+  if (value == 0) {
+    cudaDeviceGetAttribute(&value, attribute, device);
+    if (device < kDevices) known[device].store(value, std::memory_order_relaxed);
+  }
+  return value;
 }
 inline int multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
 inline int64_t shared_memory_limit() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
 template <class... Parameters, class... Arguments>
-const char* launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Stream stream,
+const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, size_t shared, Stream stream,
                    Arguments... arguments) {
+  if (blocks > kMaxBlocks) return "the call needs more than 2^31 blocks";
   cudaError_t status = cudaSuccess;
   if (shared > 48 << 10)  // which needs to be asked for
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (status == cudaSuccess) {
-    kernel<<<grid, block, shared, stream>>>(arguments...);
+    kernel<<<dim3(blocks), block, shared, stream>>>(arguments...);
     status = cudaGetLastError();
   }
   return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
@@ -105,7 +113,16 @@ struct alignas(sizeof(T) * n < 16 ? sizeof(T) * n : 16) Pack {
   T v[n];
 };
 
-// `width` elements from p on, which is aligned to a pack.
+// What one instruction moves at most, and how to have it write that: assignments are sometimes cut into words.
+#ifdef FASTDIFF_CUDA_EMULATION
+using Vector = Pack<uint32_t, 4>;
+inline void write_vector(Vector* p, const Vector& v) { *p = v; }
+#else
+using Vector = uint4;
+__device__ __forceinline__ void write_vector(Vector* p, const Vector& v) { __stwb(p, v); }
+#endif
+
+// `width` elements from p on, which is aligned to a pack. Packs are written to global memory only.
 template <int width, class T>
 __device__ __forceinline__ void load(const T* p, float (&out)[width]) {
   check_read(p, sizeof(Pack<T, width>), alignof(Pack<T, width>));
@@ -119,7 +136,14 @@ __device__ __forceinline__ void store(T* p, const float (&in)[width]) {
 #pragma unroll
   for (int i = 0; i < width; ++i) pack.v[i] = from_float<T>(in[i]);
   check_write(p, sizeof pack, alignof(Pack<T, width>));
-  *reinterpret_cast<Pack<T, width>*>(p) = pack;
+  if constexpr (sizeof pack % sizeof(Vector) == 0) {
+    Vector vectors[sizeof pack / sizeof(Vector)];
+    memcpy(vectors, &pack, sizeof pack);
+#pragma unroll
+    for (size_t i = 0; i < sizeof pack / sizeof(Vector); ++i) write_vector(reinterpret_cast<Vector*>(p) + i, vectors[i]);
+  } else {
+    *reinterpret_cast<Pack<T, width>*>(p) = pack;
+  }
 }
 template <class T>
 __device__ __forceinline__ float load_one(const T* p) {
@@ -171,9 +195,10 @@ struct Grid2d {
     const unsigned columns = power_of_two(packs, block);
     threads = dim3(columns, block / columns);
     across = static_cast<uint32_t>(ceil_div(packs, columns));
-    blocks = dim3(ceil_div(rows, threads.y) * across);
+    blocks = ceil_div(rows, threads.y) * across;
   }
-  dim3 blocks, threads;
+  int64_t blocks;
+  dim3 threads;
   uint32_t across;
 
   static __device__ __forceinline__ int64_t row(uint32_t across) {

@@ -27,7 +27,7 @@ const char* gelu_tanh(const cpu::GeluTanhArgs& args, Stream stream) {
   if (args.numel == 0) return nullptr;
   return dispatch(args.dtype, packable(args.x) && packable(args.out), [&](auto tag, auto width) {
     using T = decltype(tag);
-    return launch(gelu_tanh_kernel<T, width>, dim3(ceil_div(args.numel, kBlock * width)), dim3(kBlock), 0, stream,
+    return launch(gelu_tanh_kernel<T, width>, ceil_div(args.numel, kBlock * width), dim3(kBlock), 0, stream,
                   static_cast<const T*>(args.x), static_cast<T*>(args.out), args.numel);
   });
 }

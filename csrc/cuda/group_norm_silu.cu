@@ -1,163 +1,110 @@
 // out = silu(group_norm(x + temb) * (1 + scale) + shift)
 //
-// A group is too few blocks for a GPU, so it is cut into chunks. One kernel leaves the moments of every chunk in the
-// workspace; the next merges those of the groups it needs and maps its part of x, which then often is in the L2 cache.
-//
-// The moments are taken relative to a pivot, the mean of 32 of the group's elements, so that a mean that is large beside
-// the deviations costs no digits. Then everything per channel is folded into (x - sub) * mul + add: what `sub` loses by
-// rounding goes into `add`.
+// Where a group is small, or there are many, one kernel takes its moments and then maps it, reading it again from a
+// cache. Else groups are too few blocks for a GPU, and are cut into chunks: one kernel leaves the moments of every chunk
+// in the workspace, the next merges those of the groups it needs and maps its part of x, often from the L2 cache.
 #include <numeric>
 
-#include "reduce.cuh"
+#include "group_norm.cuh"
 
 namespace fastdiff::cuda {
 namespace {
 
-using Args = cpu::GroupNormSiluArgs;
-using cpu::ChannelValues;
-
-constexpr int kBlock = 256;
-constexpr int64_t kChunk = 4096;  // a block's elements at least
-
-// What the kernels share. Group g of sample b has the moments of its `chunks`, and its pivot, at partial(b, g).
-struct Problem {
-  Args args;
-  float* workspace;
-  int64_t chunk;  // elements of a group (channel-major), or pixels (pixel-major)
-  uint32_t chunks;
-  int group_size;  // channels
-  int tile;        // pixel-major: channels of a block, whole groups and whole packs
-  uint32_t tiles;
-
-  __device__ __forceinline__ float* partial(int64_t b, int64_t g) const {
-    return workspace + kStored * chunks * (b * args.groups + g);
-  }
-  template <class T>
-  __device__ __forceinline__ const T* x(int64_t b) const {
-    return static_cast<const T*>(args.x) + b * args.x_batch_stride;
-  }
-  template <class T>
-  __device__ __forceinline__ T* out(int64_t b) const {
-    return static_cast<T*>(args.out) + b * args.channels * args.spatial;
-  }
-  // Computed by a warp.
-  template <class T>
-  __device__ __forceinline__ float new_pivot(int64_t b, int64_t g) const {
-    const int64_t lane = threadIdx.x % kWarp;
-    const int64_t c = g * group_size + lane * group_size / kWarp, pixel = lane * args.spatial / kWarp;
-    float sum[1] = {load_one(x<T>(b) + (args.x_pixel_major ? pixel * args.channels + c : c * args.spatial + pixel))};
-    warp_sum(sum);
-    return sum[0] / kWarp;
-  }
-  __device__ __forceinline__ float stored_pivot(int64_t b, int64_t g) const {
-    return load_one(partial(b, g) + kStored - 1);
-  }
-};
-
-__device__ __forceinline__ float value(const ChannelValues& v, int64_t b, int64_t c, float absent) {
-  float result = absent;
-  if (v.data)
-    with_type(v.data, v.dtype, [&](auto* p) { result = load_one(p + b * v.batch_stride + c * v.channel_stride); });
-  return result;
-}
-
-// a + b as a rounded sum and what it lost (Knuth).
-__device__ __forceinline__ float add_exactly(float a, float b, float& lost) {
-  const float sum = a + b, part = sum - a;
-  lost += (a - (sum - part)) + (b - part);
-  return sum;
-}
-
-// The map of one channel, given its group's pivot and the moments relative to it.
-struct Map {
-  float sub, mul, add;
-  __device__ __forceinline__ Map(const Args& args, int64_t b, int64_t c, float pivot, float mean, float rstd) {
-    const float scale = 1.0f + value(args.scale, b, c, 0.0f);
-    float lost = 0.0f;
-    sub = add_exactly(pivot, add_exactly(mean, -value(args.temb, b, c, 0.0f), lost), lost);
-    mul = rstd * value(args.weight, b, c, 1.0f) * scale;
-    add = value(args.bias, b, c, 0.0f) * scale + value(args.shift, b, c, 0.0f) - lost * mul;
-  }
-};
-
-template <class T>
-__device__ __forceinline__ float finish(const Args& args, float x, float sub, float mul, float add) {
-  const float y = fmaf(x - sub, mul, add);
-  return args.silu ? silu<T>(y) : y;
-}
-
-__device__ __forceinline__ float rstd_of(const Args& args, const Moments& m) {
-  return inverse_sqrt(divide(m.m2, m.count) + static_cast<float>(args.eps));
-}
-
 // Channel-major: a group is one run of memory. Block: chunk blockIdx.x % chunks of group blockIdx.x / chunks.
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) moments_kernel(Problem p) {
-  constexpr int kUnroll = width == 1 ? 4 : 2;
-  FASTDIFF_SHARED(Moments[kBlock / kWarp], scratch);
-  const uint32_t chunk = blockIdx.x % p.chunks, group = blockIdx.x / p.chunks, groups = p.args.groups;
-  const int64_t b = group / groups, g = group % groups;
-  const T* x = p.x<T>(b) + g * p.group_size * p.args.spatial;
-  const float pivot = p.new_pivot<T>(b, g);
-  const uint32_t spatial = p.args.spatial, size = p.group_size * spatial;
-  const uint32_t begin = chunk * p.chunk, end = begin + p.chunk < size ? begin + p.chunk : size;
-  const auto read = [&](uint32_t i, float* v) {
+struct Chunk {
+  const Problem& p;
+  uint32_t chunk, spatial, begin, end;
+  int64_t b, g, offset;
+
+  __device__ __forceinline__ explicit Chunk(const Problem& p) : p(p), spatial(p.args.spatial) {
+    const uint32_t group = blockIdx.x / p.chunks, groups = p.args.groups, size = p.group_size * spatial;
+    chunk = blockIdx.x % p.chunks;
+    b = group / groups, g = group % groups;
+    offset = g * p.group_size * p.args.spatial;
+    begin = chunk * p.chunk;
+    end = begin + p.chunk < size ? begin + p.chunk : size;
+  }
+
+  __device__ __forceinline__ void read(uint32_t i, float pivot, float* v) const {
     float pack[width];
-    load(x + i, pack);
+    load(p.x<T>(b) + offset + i, pack);
     const float temb = p.args.temb.data ? value(p.args.temb, b, g * p.group_size + i / spatial, 0.0f) : 0.0f;
 #pragma unroll
     for (int k = 0; k < width; ++k) v[k] = (pack[k] - pivot) + temb;
-  };
-  Moments m{};
-  uint32_t i = begin + threadIdx.x * width;
-  for (; i + (kUnroll - 1) * kBlock * width < end; i += kUnroll * kBlock * width) {
-    float v[kUnroll * width];
+  }
+
+  // By all threads of the block, and the same for all.
+  __device__ __forceinline__ Moments moments(float pivot) const {
+    constexpr int kUnroll = width == 1 ? 4 : 2;
+    FASTDIFF_SHARED(Moments[kBlock / kWarp], scratch);
+    Moments m{};
+    uint32_t i = begin + threadIdx.x * width;
+    for (; i + (kUnroll - 1) * kBlock * width < end; i += kUnroll * kBlock * width) {
+      float v[kUnroll * width];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) read(i + u * kBlock * width, v + u * width);
-    m.add(v, kUnroll * width);
+      for (int u = 0; u < kUnroll; ++u) read(i + u * kBlock * width, pivot, v + u * width);
+      m.add(v, kUnroll * width);
+    }
+    for (; i < end; i += kBlock * width) {
+      float v[width];
+      read(i, pivot, v);
+      m.add(v, width);
+    }
+    block_merge(m, scratch);
+    return of_first_lane(m);
   }
-  for (; i < end; i += kBlock * width) {
-    float v[width];
-    read(i, v);
-    m.add(v, width);
+
+  __device__ __forceinline__ void map(float pivot, const Moments& m) const {
+    float* maps = dynamic_shared<float>();  // sub, mul and add of the channels
+    const float rstd = rstd_of(p.args, m);
+    for (int c = threadIdx.x; c < p.group_size; c += kBlock) {
+      const Map map(p.args, b, g * p.group_size + c, pivot, m.mean, rstd);
+      maps[3 * c] = map.sub, maps[3 * c + 1] = map.mul, maps[3 * c + 2] = map.add;
+    }
+    __syncthreads();
+    const T* x = p.x<T>(b) + offset;
+    T* out = p.out<T>(b) + offset;
+#pragma unroll 2
+    for (uint32_t i = begin + threadIdx.x * width; i < end; i += kBlock * width) {
+      const float* map = maps + 3 * (i / spatial);
+      float v[width];
+      load(x + i, v);
+#pragma unroll
+      for (int k = 0; k < width; ++k) v[k] = finish<T>(p.args, v[k], map[0], map[1], map[2]);
+      store(out + i, v);
+    }
   }
-  block_merge(m, scratch);
-  if (threadIdx.x == 0) store_moments(p.partial(b, g) + kStored * chunk, m, pivot);
+};
+
+template <class T, int width>
+__global__ void __launch_bounds__(kBlock) moments_kernel(const __grid_constant__ Problem p) {
+  const Chunk<T, width> c(p);
+  const float pivot = p.new_pivot<T>(c.b, c.g);
+  const Moments m = c.moments(pivot);
+  if (threadIdx.x == 0) store_moments(p.partial(c.b, c.g) + kStored * c.chunk, m, pivot);
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) map_kernel(Problem p) {
-  float* maps = dynamic_shared<float>();  // sub, mul and add of the channels
-  const uint32_t chunk = blockIdx.x % p.chunks, group = blockIdx.x / p.chunks, groups = p.args.groups;
-  const int64_t b = group / groups, g = group % groups;
-  const float pivot = p.stored_pivot(b, g);
-  const Moments m = merge_stored(p.partial(b, g), p.chunks, kStored);
-  const float rstd = rstd_of(p.args, m);
-  for (int c = threadIdx.x; c < p.group_size; c += kBlock) {
-    const Map map(p.args, b, g * p.group_size + c, pivot, m.mean, rstd);
-    maps[3 * c] = map.sub, maps[3 * c + 1] = map.mul, maps[3 * c + 2] = map.add;
-  }
-  __syncthreads();
-  const int64_t offset = g * p.group_size * p.args.spatial;
-  const T* x = p.x<T>(b) + offset;
-  T* out = p.out<T>(b) + offset;
-  const uint32_t spatial = p.args.spatial, size = p.group_size * spatial;
-  const uint32_t begin = chunk * p.chunk, end = begin + p.chunk < size ? begin + p.chunk : size;
-#pragma unroll 2
-  for (uint32_t i = begin + threadIdx.x * width; i < end; i += kBlock * width) {
-    const float* map = maps + 3 * (i / spatial);
-    float v[width];
-    load(x + i, v);
-#pragma unroll
-    for (int k = 0; k < width; ++k) v[k] = finish<T>(p.args, v[k], map[0], map[1], map[2]);
-    store(out + i, v);
-  }
+__global__ void __launch_bounds__(kBlock) map_kernel(const __grid_constant__ Problem p) {
+  const Chunk<T, width> c(p);
+  const Moments m = merge_stored(p.partial(c.b, c.g), p.chunks, kStored);
+  c.map(p.stored_pivot(c.b, c.g), m);
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kBlock) whole_kernel(const __grid_constant__ Problem p) {
+  const Chunk<T, width> c(p);
+  const float pivot = p.new_pivot<T>(c.b, c.g);
+  c.map(pivot, c.moments(pivot));
 }
 
 // Pixel-major: a block has a tile of channels and a chunk of pixels; a thread has a pack of channels and every
 // rows-th pixel.
 template <int width>
 constexpr int kTileThreads = width == 1 ? kMaxGroupChannels : kBlock;
+template <int width>
+constexpr int kTileBlocks = width == 1 ? 1 : 2;  // of a multiprocessor; left to choose, the compiler would spill for 4
 struct TilePlace {
   uint32_t chunk, tile, b;
   int64_t first_pixel, end_pixel;
@@ -182,11 +129,12 @@ __device__ __forceinline__ TilePlace tile_place(const Problem& p) {
   return t;
 }
 
-template <class T, int width>
-__global__ void __launch_bounds__(kTileThreads<width>) tile_moments_kernel(Problem p) {
-  const TilePlace t = tile_place<width>(p);
-  float* pivots = dynamic_shared<float>();               // of the tile's groups
-  float* scratch = pivots + p.tile / p.group_size;  // (row, channel of the tile): mean and m2
+// Leaves the pivot of every group of the tile in pivots and calls emit(group of the tile, moments) by all lanes of a
+// warp. `scratch`, (row, channel of the tile), has their mean and m2.
+template <class T, int width, class Emit>
+__device__ __forceinline__ void tile_moments(const Problem& p, const TilePlace& t, float* pivots, float* scratch,
+                                             const Emit& emit) {
+  constexpr int kUnroll = width == 1 ? 4 : 2;
   const int first = t.tile * p.tile, first_group = first / p.group_size;
   const int groups = t.channels / p.group_size;
   for (int g = threadIdx.x / kWarp; g < groups; g += blockDim.x / kWarp)
@@ -200,7 +148,7 @@ __global__ void __launch_bounds__(kTileThreads<width>) tile_moments_kernel(Probl
       centre[k] = pivots[(t.c + k) / p.group_size];
       mean[k] = m2[k] = 0.0f;
     }
-#pragma unroll 4
+#pragma unroll kUnroll
     for (int64_t pixel = t.first_pixel + t.row; pixel < t.end_pixel; pixel += t.rows) {
       float v[width];
       load(x + pixel * p.args.channels, v);
@@ -229,7 +177,7 @@ __global__ void __launch_bounds__(kTileThreads<width>) tile_moments_kernel(Probl
       m.merge(static_cast<float>((pixels - row + t.rows - 1) / t.rows), at[0], at[1]);
     }
     warp_merge(m);
-    if (threadIdx.x % kWarp == 0) store_moments(p.partial(t.b, first_group + g) + kStored * t.chunk, m, pivots[g]);
+    emit(g, m);
   }
 }
 
@@ -246,23 +194,17 @@ __device__ __forceinline__ void merge_groups(const Problem& p, int64_t b, int64_
   __syncthreads();
 }
 
-template <class T, int width>
-__global__ void __launch_bounds__(kTileThreads<width>) tile_map_kernel(Problem p) {
-  float* statistics = dynamic_shared<float>();
-  {
-    const TilePlace t = tile_place<width>(p);
-    const int first_group = t.tile * p.tile / p.group_size;
-    merge_groups(p, t.b, first_group, first_group + t.channels / p.group_size, statistics);
-  }
-  const TilePlace t = tile_place<width>(p);  // again: held over the merging, it would be spilled
+// `statistics` as of merge_groups, and pivot_of(group of the tile).
+template <class T, int width, class PivotOf>
+__device__ __forceinline__ void tile_map(const Problem& p, const float* statistics, const PivotOf& pivot_of) {
+  const TilePlace t = tile_place<width>(p);  // again: held since the moments, it would be spilled
   if (!t.works) return;
   const int first = t.tile * p.tile, first_group = first / p.group_size;
   float sub[width], mul[width], add[width];
 #pragma unroll
   for (int k = 0; k < width; ++k) {
-    const int c = first + t.c + k, g = c / p.group_size;
-    const float* of_group = statistics + 2 * (g - first_group);
-    const Map map(p.args, t.b, c, p.stored_pivot(t.b, g), of_group[0], of_group[1]);
+    const int c = first + t.c + k, g = c / p.group_size - first_group;
+    const Map map(p.args, t.b, c, pivot_of(g), statistics[2 * g], statistics[2 * g + 1]);
     sub[k] = map.sub, mul[k] = map.mul, add[k] = map.add;
   }
   const T* x = p.x<T>(t.b) + first + t.c;
@@ -277,10 +219,45 @@ __global__ void __launch_bounds__(kTileThreads<width>) tile_map_kernel(Problem p
   }
 }
 
+template <class T, int width>
+__global__ void __launch_bounds__(kTileThreads<width>, kTileBlocks<width>)
+    tile_moments_kernel(const __grid_constant__ Problem p) {
+  const TilePlace t = tile_place<width>(p);
+  float* pivots = dynamic_shared<float>();
+  const int64_t first_group = t.tile * p.tile / p.group_size;
+  tile_moments<T, width>(p, t, pivots, pivots + p.tile / p.group_size, [&](int g, const Moments& m) {
+    if (threadIdx.x % kWarp == 0) store_moments(p.partial(t.b, first_group + g) + kStored * t.chunk, m, pivots[g]);
+  });
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kTileThreads<width>, kTileBlocks<width>)
+    tile_map_kernel(const __grid_constant__ Problem p) {
+  float* statistics = dynamic_shared<float>();
+  const TilePlace t = tile_place<width>(p);
+  const int64_t first_group = t.tile * p.tile / p.group_size;
+  merge_groups(p, t.b, first_group, first_group + t.channels / p.group_size, statistics);
+  tile_map<T, width>(p, statistics, [&](int g) { return p.stored_pivot(t.b, first_group + g); });
+}
+
+template <class T, int width>
+__global__ void __launch_bounds__(kTileThreads<width>, kTileBlocks<width>)
+    whole_tile_kernel(const __grid_constant__ Problem p) {
+  float* pivots = dynamic_shared<float>();
+  float* statistics = pivots + p.tile / p.group_size;
+  tile_moments<T, width>(p, tile_place<width>(p), pivots, statistics + 2 * (p.tile / p.group_size),
+                         [&](int g, const Moments& m) {
+                           if (threadIdx.x % kWarp) return;
+                           statistics[2 * g] = m.mean, statistics[2 * g + 1] = rstd_of(p.args, m);
+                         });
+  __syncthreads();
+  tile_map<T, width>(p, statistics, [&](int g) { return pivots[g]; });
+}
+
 // Channel-major x to pixel-major out: a block transposes kSide channels by kSide pixels in shared memory.
 constexpr int kSide = 64;
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) transpose_kernel(Problem p) {
+__global__ void __launch_bounds__(kBlock) transpose_kernel(const __grid_constant__ Problem p) {
   FASTDIFF_SHARED(float[kSide][kSide + 1], tile);
   FASTDIFF_SHARED(float[2 * kSide], statistics);
   FASTDIFF_SHARED(float[kSide][3], maps);  // sub, mul, add
@@ -321,8 +298,9 @@ __global__ void __launch_bounds__(kBlock) transpose_kernel(Problem p) {
 
 int64_t round_up(int64_t n, int64_t multiple) { return ceil_div(n, multiple) * multiple; }
 
-// Chunks of a job of `elements`, so that `jobs` of them fill the GPU a few times over.
+// Chunks of a job of `elements`, so that `jobs` of them fill the GPU a few times over; 1 where one kernel does it all.
 int64_t chunks_of(int64_t elements, int64_t jobs) {
+  if (elements <= kWhole) return 1;
   const int64_t wanted = std::min(kMaxChunks, ceil_div(4 * multiprocessors(), jobs));
   return std::max<int64_t>(1, std::min(wanted, ceil_div(elements, kChunk)));
 }
@@ -336,12 +314,13 @@ const char* pixel_major(Problem& p, Stream stream) {
   p.chunk = ceil_div(a.spatial, chunks_of(a.spatial * p.tile, a.batch * p.tiles));
   p.chunks = ceil_div(a.spatial, p.chunk);
   const int columns = p.tile / width, rows = std::max<int64_t>(1, std::min<int64_t>(kBlock / columns, p.chunk));
-  const dim3 grid(a.batch * p.tiles * p.chunks), block(round_up(rows * columns, kWarp));
-  const int rows_that_fit = block.x / columns;
-  const char* error = launch(tile_moments_kernel<T, width>, grid, block,
-                             4 * (p.tile / p.group_size + 2 * rows_that_fit * p.tile), stream, p);
-  if (error) return error;
-  return launch(tile_map_kernel<T, width>, grid, block, 8 * p.tile / p.group_size, stream, p);
+  const int64_t blocks = a.batch * p.tiles * p.chunks;
+  const dim3 block(round_up(rows * columns, kWarp));
+  const int rows_that_fit = block.x / columns, groups = p.tile / p.group_size;
+  const size_t moments = 4 * (groups + 2 * rows_that_fit * p.tile), statistics = 8 * groups;  // bytes
+  if (p.chunks == 1) return launch(whole_tile_kernel<T, width>, blocks, block, moments + statistics, stream, p);
+  if (const char* error = launch(tile_moments_kernel<T, width>, blocks, block, moments, stream, p)) return error;
+  return launch(tile_map_kernel<T, width>, blocks, block, statistics, stream, p);
 }
 
 template <class T, int width>
@@ -350,11 +329,13 @@ const char* channel_major(Problem& p, Stream stream) {
   const int64_t size = p.group_size * a.spatial, groups = a.batch * a.groups;
   p.chunk = round_up(ceil_div(size, chunks_of(size, groups)), width);
   p.chunks = ceil_div(size, p.chunk);
-  const dim3 grid(groups * p.chunks), block(kBlock);
-  if (const char* error = launch(moments_kernel<T, width>, grid, block, 0, stream, p)) return error;
-  if (!a.out_pixel_major) return launch(map_kernel<T, width>, grid, block, 12 * p.group_size, stream, p);
-  const int64_t tiles = ceil_div(a.spatial, kSide) * ceil_div(a.channels, kSide);
-  return launch(transpose_kernel<T, width>, dim3(a.batch * tiles), block, 0, stream, p);
+  const int64_t blocks = groups * p.chunks, tiles = ceil_div(a.spatial, kSide) * ceil_div(a.channels, kSide);
+  const dim3 block(kBlock);
+  const size_t maps = 12 * p.group_size;  // bytes
+  if (p.chunks == 1 && !a.out_pixel_major) return launch(whole_kernel<T, width>, blocks, block, maps, stream, p);
+  if (const char* error = launch(moments_kernel<T, width>, blocks, block, 0, stream, p)) return error;
+  if (!a.out_pixel_major) return launch(map_kernel<T, width>, blocks, block, maps, stream, p);
+  return launch(transpose_kernel<T, width>, a.batch * tiles, block, 0, stream, p);
 }
 
 }  // namespace

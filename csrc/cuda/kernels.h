@@ -9,6 +9,7 @@
 #include "../cpu/geglu.h"
 #include "../cpu/gelu_tanh.h"
 #include "../cpu/group_norm_silu.h"
+#include "../cpu/qk_norm_rope.h"
 #include "../cpu/scheduler_step.h"
 #include "../cpu/swiglu.h"
 
@@ -34,6 +35,8 @@ inline int64_t workspace_size(const cpu::CfgCombineArgs& args) {
 
 // The longest row of adaln: it is held in registers.
 constexpr int64_t kMaxColumns = 8192;
+// The longest row of a norm of qk_norm_rope, held likewise.
+constexpr int64_t kMaxNormed = 16384;
 // The largest group of group_norm_silu, in channels and in elements.
 constexpr int64_t kMaxGroupChannels = 1024;
 constexpr int64_t kMaxGroupElements = int64_t{1} << 31;
@@ -45,6 +48,7 @@ FASTDIFF_CUDA_KERNEL(const char* cfg_combine(const cpu::CfgCombineArgs& args, fl
 FASTDIFF_CUDA_KERNEL(const char* geglu(const cpu::GegluArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* gelu_tanh(const cpu::GeluTanhArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* group_norm_silu(const cpu::GroupNormSiluArgs& args, float* workspace, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* qk_norm_rope(const cpu::QkNormRopeArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* scheduler_step(const cpu::SchedulerStepArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* swiglu(const cpu::SwigluArgs& args, Stream stream))
 

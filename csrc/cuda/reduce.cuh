@@ -13,6 +13,14 @@ __device__ __forceinline__ void warp_sum(float (&v)[n]) {
     for (int i = 0; i < n; ++i) v[i] += __shfl_xor_sync(kAllLanes, v[i], bit);
 }
 
+// Sums over groups of `lanes` threads, a power of two up to 32, that lie side by side in a warp.
+template <int n>
+__device__ __forceinline__ void lanes_sum(float (&v)[n], int lanes) {
+  for (int bit = lanes / 2; bit > 0; bit /= 2)
+#pragma unroll
+    for (int i = 0; i < n; ++i) v[i] += __shfl_xor_sync(kAllLanes, v[i], bit);
+}
+
 // Sums over the `warps` warps that share a row, `row` counting the rows of the block. All threads of the block call
 // it. `scratch` holds n floats per warp and is not to be used again before the next barrier but one: callers alternate.
 template <int n>
@@ -49,8 +57,8 @@ struct Moments {
 
   __device__ __forceinline__ void merge(float n, float other_mean, float other_m2) {
     const float both = count + n;
-    if (both == 0.0f) return;
-    const float delta = other_mean - mean, share = __fdividef(n, both);
+    // No branch: between shuffles it would cost a call each.
+    const float delta = other_mean - mean, share = both == 0.0f ? 0.0f : __fdividef(n, both);
     mean += delta * share;
     m2 += other_m2 + delta * delta * count * share;
     count = both;
@@ -78,6 +86,10 @@ __device__ __forceinline__ void warp_merge(Moments& m) {
   }
 }
 
+__device__ __forceinline__ Moments of_first_lane(const Moments& m) {
+  return {__shfl_sync(kAllLanes, m.count, 0), __shfl_sync(kAllLanes, m.mean, 0), __shfl_sync(kAllLanes, m.m2, 0)};
+}
+
 // Merges the moments of a block's threads, a multiple of 32. `scratch`: one per warp.
 __device__ __forceinline__ void block_merge(Moments& m, Moments* scratch) {
   warp_merge(m);
@@ -103,7 +115,7 @@ __device__ __forceinline__ Moments merge_stored(const float* p, int count, int64
     m.merge(stored[0], stored[1], stored[2]);
   }
   warp_merge(m);
-  return {__shfl_sync(kAllLanes, m.count, 0), __shfl_sync(kAllLanes, m.mean, 0), __shfl_sync(kAllLanes, m.m2, 0)};
+  return of_first_lane(m);
 }
 
 }  // namespace fastdiff::cuda

@@ -27,7 +27,7 @@ __device__ __forceinline__ void write(void* to, DType dtype, int64_t at, int64_t
 }
 
 template <class Sum, int width>
-__global__ void __launch_bounds__(kBlock) scheduler_step_kernel(Args args) {
+__global__ void __launch_bounds__(kBlock, 8) scheduler_step_kernel(const __grid_constant__ Args args) {
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kBlock + threadIdx.x) * width, left = args.numel - at;
   if (left <= 0) return;
   Sum next[width] = {}, entry[width] = {}, kept[width] = {};
@@ -70,7 +70,7 @@ const char* scheduler_step(const Args& args, Stream stream) {
   const bool wide = args.prev_dtype == DType::f32 || (args.entry && args.entry_dtype == DType::f32) ||
                     (args.kept && args.kept_dtype == DType::f32);
   const auto with = [&](auto sum, auto width) {
-    return launch(scheduler_step_kernel<decltype(sum), width>, dim3(ceil_div(args.numel, kBlock * width)),
+    return launch(scheduler_step_kernel<decltype(sum), width>, ceil_div(args.numel, kBlock * width),
                   dim3(kBlock), 0, stream, args);
   };
   const auto with_width = [&](auto sum) {

@@ -7,7 +7,7 @@ namespace {
 constexpr int kBlock = 256;
 
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) swiglu_kernel(cpu::SwigluArgs args, uint32_t across) {
+__global__ void __launch_bounds__(kBlock) swiglu_kernel(const __grid_constant__ cpu::SwigluArgs args, uint32_t across) {
   const int64_t row = Grid2d::row(across), c = Grid2d::pack(across) * width, left = args.columns - c;
   if (row >= args.rows || left <= 0) return;
   float gate[width], v[width];

@@ -23,7 +23,7 @@ class Call {
                         t.scalar_type() == like_.scalar_type(),
                     "fastdiff: qk_norm_rope's ", name, " does not match q or k, or its last axis is not contiguous");
     cpu::Heads& heads = args.joint[joint].part[part];
-    heads.data = t.const_data_ptr(), heads.tokens = t.size(1);
+    heads.data = data_of(t, like_, name), heads.tokens = t.size(1);
     for (int i = 0; i < 3; ++i) heads.stride[i] = t.stride(i);
   }
 
@@ -40,7 +40,7 @@ class Call {
       STD_TORCH_CHECK(args.norm && t->dim() == 1 && t->size(0) == n && (t->stride(0) == 1 || n == 1),
                       "fastdiff: qk_norm_rope takes contiguous weights and biases of the normalised size");
       dtype = dtype_of(*t, "weight");
-      return t->const_data_ptr();
+      return data_of(*t, like_, "a weight or bias");
     };
     heads.weight = pointer(weight, heads.weight_dtype);
     heads.bias = pointer(bias, heads.bias_dtype);
@@ -68,17 +68,17 @@ class Call {
       fits = fits && sine->dim() == cosine->dim() && sine->scalar_type() == ScalarType::Float;
       for (int64_t i = 0; fits && i <= last; ++i)
         fits = sine->size(i) == cosine->size(i) && (sine->stride(i) == cosine->stride(i) || sine->size(i) == 1);
-      args.sine = static_cast<const float*>(sine->const_data_ptr());
+      args.sine = static_cast<const float*>(data_of(*sine, like_, "sin"));
     }
     STD_TORCH_CHECK(fits, "fastdiff: qk_norm_rope's tables do not fit q and k, or cos and sin differ in layout");
-    args.cosine = static_cast<const float*>(cosine->const_data_ptr());
+    args.cosine = static_cast<const float*>(data_of(*cosine, like_, "cos"));
     args.interleaved = interleaved;
   }
 
   Tensor output(int joint) {
     const std::vector<int64_t> sizes{args.batch, tokens(joint), args.joint[joint].heads, args.depth};
     Tensor out = empty_output(sizes, contiguous_strides(sizes), like_.scalar_type(), like_);
-    args.joint[joint].out = out.mutable_data_ptr();
+    args.joint[joint].out = data_of(out);
     return out;
   }
 
@@ -109,12 +109,13 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const 
   }
   call.rope(cos, sin, rope_start, interleaved);
   Tensor q_out = call.output(0), k_out = call.output(1);
-  require(cpu::qk_norm_rope(call.args), "qk_norm_rope");
+  run("qk_norm_rope", q, [&] { return cpu::qk_norm_rope(call.args); },
+      [&](cuda::Stream s) { return cuda::qk_norm_rope(call.args, s); });
   return {q_out, k_out};
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope)); }
+FASTDIFF_REGISTER(m) { m.impl("qk_norm_rope", TORCH_BOX(&qk_norm_rope)); }
 
 }  // namespace fastdiff

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from fastdiff.backends.measured import why_not_unasked
+
 #: In order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 
@@ -43,7 +45,8 @@ class Kernel:
 
     Attributes:
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
-        on_request: serve only where the backend is asked for by name; see :data:`UNPROVEN`.
+        on_request: serve only where the backend is asked for by name, or was measured to be the fastest; see
+            :mod:`fastdiff.backends.measured`.
     """
 
     op: str
@@ -138,7 +141,7 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                     continue
                 reason = kernel.refuse(*args, **kwargs)
                 if reason is None and kernel.on_request and wanted is None:
-                    reason = UNPROVEN
+                    reason = why_not_unasked(op, kernel.backend, args, kwargs)
                 if reason is None:
                     return kernel.choice
                 if reason == GRADIENT and kernel.differentiable is not None:
@@ -165,9 +168,6 @@ def _why_not_differentiable(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[
     with torch.no_grad():
         return kernel.refuse(*args, **kwargs) or kernel.differentiable(*args, **kwargs)
 
-
-#: Why kernels that no GPU has run yet, only an emulation, are not chosen by themselves.
-UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND"
 
 #: The refusal of :func:`tensor_reason` that a kernel with a backward of its own takes back.
 GRADIENT = "a gradient is needed"

@@ -17,12 +17,8 @@ from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
 from fastdiff.backends.cpu import run_overload
 
-#: The longest rows, largest groups of channels and head dimension, as in csrc/cuda/kernels.h and attention.cuh.
-MAX_COLUMNS, MAX_DEPTH, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 256, 1024, 2**31
-
-#: Where something else was measured to be faster: by op and compute capability, a function of the op's arguments that
-#: gives the reason or ``None``. What is not in here is served in the order of ``fastdiff.backends.BACKENDS``.
-MEASURED: dict[tuple[str, tuple[int, int]], Refuse] = {}
+#: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
+MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
 
 
 def why_not() -> str | None:
@@ -75,14 +71,20 @@ def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> s
     return None
 
 
-def _attention(q: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
     if q.dtype == torch.float32:
         return "q is float32, which the tensor cores would round"
-    if q.shape[3] > MAX_DEPTH:
-        return f"the head dimension is {q.shape[3]}, more than {MAX_DEPTH}"
-    mask = kwargs.get("attn_mask", args[2] if len(args) > 2 else None)
-    if mask is not None and (mask.shape[-1] != args[0].shape[1] or mask.stride(-1) != 1):
+    keys = k.shape[1]
+    if attn_mask is not None and (attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1)):
         return "attn_mask is broadcast along the keys or not contiguous along them"
+    return None
+
+
+def _qk_norm_rope(*args: Any, **kwargs: Any) -> str | None:
+    for position, name in ((6, "cos"), (7, "sin")):
+        table = kwargs.get(name, args[position] if len(args) > position else None)
+        if table is not None and table.dtype != torch.float32:
+            return f"a rotary table is {str(table.dtype)[6:]}"
     return None
 
 
@@ -93,6 +95,7 @@ _LIMITS: dict[str, Refuse] = {
     "gate_residual": _row_too_long,
     "gate_residual_adaln": _row_too_long,
     "group_norm_silu": _group_too_large,
+    "qk_norm_rope": _qk_norm_rope,
 }
 #: The ops that have a CUDA kernel.
 OPS = (
@@ -104,6 +107,7 @@ OPS = (
     "geglu",
     "gelu_tanh",
     "group_norm_silu",
+    "qk_norm_rope",
     "scheduler_step",
     "swiglu",
 )
@@ -120,9 +124,8 @@ def refuse_table(device: str) -> dict[str, Refuse]:
             reason = general(*args, **kwargs) or (limit(*args, **kwargs) if limit else None)
             if reason is not None or device != "cuda":
                 return reason
-            index = args[0].get_device()
-            measured = MEASURED.get((op, torch.cuda.get_device_capability(index))) if MEASURED else None
-            return device_reason(index) or (measured(*args, **kwargs) if measured else None)
+            first = args[0] if args else next(iter(kwargs.values()))
+            return device_reason(first.get_device())
 
         return of_call
 

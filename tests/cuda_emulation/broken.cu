@@ -2,7 +2,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "device.cuh"
+#include "ptx.cuh"
 
 namespace fastdiff::cuda {
 namespace {
@@ -49,6 +49,19 @@ __global__ void copy_packs(const float* x, float* out, int shift) {
   store(out + 4 * threadIdx.x, pack);
 }
 
+// Vectors of 4 to where only the first may be.
+__global__ void write_packs(const float* x, float* out, int shift) {
+  if (threadIdx.x >= 15) return;
+  float pack[4];
+  load(x + 4 * threadIdx.x, pack);
+  store(out + 4 * threadIdx.x + shift, pack);
+}
+__global__ void straddle(const float* x, float* out) {
+  float pack[2];
+  load(x + 64 - 2 * (threadIdx.x % 2), pack);
+  store(out + threadIdx.x / 2 * 2, pack);
+}
+
 __global__ void half_written(const float* x, float* out) {
   float* values = dynamic_shared<float>();
   if (threadIdx.x % 2 == 0) values[threadIdx.x] = load_one(x + threadIdx.x);
@@ -75,21 +88,31 @@ __global__ void masks_differ(const float* x, float* out) {
   store_one(out + threadIdx.x, __shfl_xor_sync(mask, load_one(x + threadIdx.x), 2));
 }
 
-// out[i] = x[63 - i], copied asynchronously.
-template <bool wait>
-__global__ void copy_without_waiting(const float* x, float* out) {
+// out[i] = x[63 - i], copied asynchronously from `shift` elements on to `to` elements on.
+template <bool wait, bool barrier>
+__global__ void copy_asynchronously(const float* x, float* out, int shift, int to) {
   float* values = dynamic_shared<float>();
-  if (threadIdx.x < kThreads / 4) emulation::copy_async(values + 4 * threadIdx.x, x + 4 * threadIdx.x, 16, 16);
-  emulation::commit_copies();
-  if (wait) emulation::wait_copies(0);
-  __syncthreads();
+  if (threadIdx.x < kThreads / 4) copy_async(values + 4 * threadIdx.x + to, x + 4 * threadIdx.x + shift, true);
+  commit_copies();
+  if (wait) wait_copies<0>();
+  if (barrier) __syncthreads();
   store_one(out + threadIdx.x, values[kThreads - 1 - threadIdx.x]);
-  emulation::wait_copies(0);
+  wait_copies<0>();
+}
+
+// Both warps have the matrices' rows in shared memory, `shift` elements of two bytes off.
+__global__ void matrices(const float* x, float* out, int shift) {
+  float* values = dynamic_shared<float>();
+  values[threadIdx.x] = load_one(x + threadIdx.x);
+  __syncthreads();
+  uint32_t found[4];
+  load_matrices<false>(found, reinterpret_cast<const __half*>(values) + threadIdx.x % 16 * 8 + shift);
+  store_one(out + threadIdx.x, static_cast<float>(found[0]));
 }
 
 const char* run(const std::string& name, const float* x, float* out) {
   const size_t shared = kThreads * sizeof(float);
-  const auto with = [&](auto kernel, auto... more) { return launch(kernel, dim3(2), dim3(kThreads), shared, nullptr, x, out, more...); };
+  const auto with = [&](auto kernel, auto... more) { return launch(kernel, 2, dim3(kThreads), shared, nullptr, x, out, more...); };
   if (name == "reverse") return with(reverse<true>);
   if (name == "reverse, no barrier") return with(reverse<false>);
   if (name == "reverse twice") return with(reverse_twice<true>);
@@ -105,8 +128,18 @@ const char* run(const std::string& name, const float* x, float* out) {
   if (name == "past shared memory") return with(past_shared);
   if (name == "barrier of some") return with(barrier_of_some);
   if (name == "masks differ") return with(masks_differ);
-  if (name == "asynchronous copy") return with(copy_without_waiting<true>);
-  if (name == "asynchronous copy, not waited for") return with(copy_without_waiting<false>);
+  if (name == "packs, written misaligned") return with(write_packs, 1);
+  if (name == "packs, written beyond the end") return with(write_packs, 8);
+  if (name == "packs over the end") return with(straddle);
+  if (name == "asynchronous copy") return with(copy_asynchronously<true, true>, 0, 0);
+  if (name == "asynchronous copy, not waited for") return with(copy_asynchronously<false, true>, 0, 0);
+  if (name == "asynchronous copy, no barrier") return with(copy_asynchronously<true, false>, 0, 0);
+  if (name == "asynchronous copy, misaligned") return with(copy_asynchronously<true, true>, 1, 0);
+  if (name == "asynchronous copy to a misaligned place") return with(copy_asynchronously<true, true>, 0, 1);
+  if (name == "asynchronous copy beyond the end") return with(copy_asynchronously<true, true>, 4, 0);
+  if (name == "matrices") return with(matrices, 0);
+  if (name == "matrices, misaligned") return with(matrices, 4);
+  if (name == "matrices past shared memory") return with(matrices, 8);
   return "no such kernel";
 }
 

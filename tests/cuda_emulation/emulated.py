@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +20,21 @@ HERE = Path(__file__).resolve().parent
 #: The oldest torch whose stable ABI has what csrc/ops uses, as the extension is compiled for.
 ABI = f"-DTORCH_TARGET_VERSION=0x{_extension.TORCH_MIN[0]:02x}{_extension.TORCH_MIN[1]:02x}000000000000"
 LIBRARY = torch.library.Library("fastdiff_emulated", "DEF")
+
+
+def _included(source: Path) -> set[Path]:
+    """A source and the project's files that it includes, directly or not."""
+    found: set[Path] = set()
+    todo = [source.resolve()]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        for name in re.findall(r'^ *#include ["<]([^">]+)[">]', path.read_text(), re.M):
+            candidates = (folder / name for folder in (path.parent, HERE / "include", ROOT / "csrc/cuda"))
+            todo += [c.resolve() for c in candidates if c.is_file()]
+    return found
 
 
 def compile_objects(sources: list[Path], *extra: str) -> list[Path]:
@@ -36,14 +52,14 @@ def compile_objects(sources: list[Path], *extra: str) -> list[Path]:
         f"-I{ROOT / 'csrc/cuda'}",
     ]
     flags += ["-isystem", str(include)]
-    texts = [path.read_bytes() for path in sorted([*ROOT.glob("csrc/*/*"), *HERE.rglob("*.h")]) if path.is_file()]
-    digest = hashlib.sha256(b"".join([*texts, repr([cxx, flags, torch.__version__]).encode()]))
-    folder = ROOT / "build" / "cuda_emulation" / digest.hexdigest()[:16]
+    key = repr([cxx, flags, torch.__version__]).encode()
+    folder = ROOT / "build" / "cuda_emulation"
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
-        text = hashlib.sha256(source.read_bytes()).hexdigest()[:8]
-        target = folder / f"{source.parent.name}_{source.stem}_{text}.o"
+        texts = [path.read_bytes() for path in sorted(_included(source))]
+        digest = hashlib.sha256(b"".join([key, *texts])).hexdigest()[:16]
+        target = folder / f"{source.parent.name}_{source.stem}_{digest}.o"
         if not target.exists():
             part = target.with_suffix(f".{os.getpid()}")
             command = [*cxx, *flags, "-x", "c++", "-c", str(source), "-o", str(part)]
@@ -59,7 +75,8 @@ def compile_objects(sources: list[Path], *extra: str) -> list[Path]:
 def link(name: str, objects: list[Path]) -> Path:
     """A shared library of the object files."""
     build, _ = load_build(ROOT)
-    target = objects[0].parent / f"{name}.so"
+    digest = hashlib.sha256(repr(objects).encode()).hexdigest()[:16]
+    target = objects[0].parent / f"{name}_{digest}.so"
     if not target.exists():
         part = target.with_suffix(f".{os.getpid()}")
         torch_folder = build.find_torch().path / "lib"

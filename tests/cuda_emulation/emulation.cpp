@@ -254,10 +254,15 @@ void check(const void* data, size_t bytes, size_t alignment, bool write) {
       readable = true;
     }
   if (readable) fail(access + " of an input");
-  for (const Range& range : allowed)
-    if (begin < range.end + 4096 && begin + 4096 > range.begin)
-      fail(access + " out of bounds: at byte " + std::to_string(begin - range.begin) + " of a tensor of " +
-           std::to_string(range.end - range.begin));
+  const Range* nearest = nullptr;
+  int64_t least = 4096;
+  for (const Range& range : allowed) {
+    const int64_t distance = begin < range.begin ? range.begin - begin : begin - range.end + 1;
+    if (distance < least) nearest = &range, least = distance;
+  }
+  if (nearest)
+    fail(access + " out of bounds: at byte " + std::to_string(begin - nearest->begin) + " of a tensor of " +
+         std::to_string(nearest->end - nearest->begin));
   fail(access + " out of bounds: near no tensor");
 }
 

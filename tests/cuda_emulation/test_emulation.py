@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from emulated import HERE, compile_objects, link
+from source_tree import ROOT
 from torch import Tensor
 
 SEEDS = range(5)
@@ -51,6 +52,14 @@ def test_correct_kernels(library: ctypes.CDLL, name: str, seed: int) -> None:
         ("copy to beyond the end", "writes 4 bytes out of bounds"),
         ("write the input", "writes 4 bytes of an input"),
         ("packs, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
+        ("packs, written misaligned", "writes 16 bytes at an address that is not a multiple of 16"),
+        ("packs, written beyond the end", r"writes 16 bytes out of bounds: at byte \d+ of a tensor"),
+        ("packs over the end", r"reads 8 bytes out of bounds: at byte \d+ of a tensor"),
+        ("asynchronous copy, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
+        ("asynchronous copy to a misaligned place", "writes 16 bytes at an address that is not a multiple of 16"),
+        ("asynchronous copy beyond the end", r"reads 16 bytes out of bounds: at byte \d+ of a tensor"),
+        ("matrices, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
+        ("matrices past shared memory", "reads 16 bytes out of bounds"),
         ("past shared memory", "written behind the 256 bytes of shared memory"),
         ("barrier of some", "__shfl_xor_sync|threads wait for ever"),
         ("masks differ", "different masks"),
@@ -60,7 +69,7 @@ def test_errors(library: ctypes.CDLL, name: str, message: str) -> None:
 
     for seed in SEEDS:
         assert re.search(message, error := run(library, name, seed)[2]), error
-    assert run(library, "copy", 0)[2] == ""  # an error leaves nothing behind
+    assert run(library, "copy", 0)[2] == run(library, "matrices", 0)[2] == ""  # an error leaves nothing behind
 
 
 @pytest.mark.parametrize(
@@ -70,6 +79,7 @@ def test_errors(library: ctypes.CDLL, name: str, message: str) -> None:
         "reverse twice, no barrier after reading",
         "shared memory half written",
         "asynchronous copy, not waited for",
+        "asynchronous copy, no barrier",
     ],
 )
 def test_wrong_results(library: ctypes.CDLL, name: str) -> None:
@@ -79,3 +89,13 @@ def test_wrong_results(library: ctypes.CDLL, name: str) -> None:
         right = 2 * x.flip(0) + 1 if "twice" in name else x if "half" in name else x.flip(0)
         assert error == ""
         assert not torch.equal(out, right)
+
+
+def test_inline_ptx_lies_in_one_header_and_has_twins() -> None:
+    assert [p.name for p in ROOT.glob("csrc/cuda/*") if re.search(r"\basm\b", p.read_text())] == ["ptx.cuh"]
+    text = (ROOT / "csrc/cuda/ptx.cuh").read_text().partition("#ifdef FASTDIFF_CUDA_EMULATION")[2]
+    twins, wrappers = (
+        set(re.findall(r"^(?:__device__ __forceinline__ |inline )?(?:void|float) (\w+)\(", part, re.M))
+        for part in text.split("#else")
+    )
+    assert twins == wrappers and len(twins) == 6

@@ -21,6 +21,7 @@ FILES = {
     "geglu": "gelu",
     "gelu_tanh": "gelu",
     "group_norm_silu": "group_norm_silu",
+    "qk_norm_rope": "qk_norm_rope",
     "scheduler_step": "scheduler_step",
     "swiglu": "swiglu",
 }
@@ -41,6 +42,20 @@ def test_numbers(name: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     summary = done.stdout.splitlines()[-1]
     assert " passed" in summary and "skipped" not in summary, done.stdout[-2000:]
+
+
+def test_calls_for_the_sanitizers() -> None:
+    """What tests/gpu runs under compute-sanitizer, with numbers, bounds, alignment and barriers checked here."""
+    folders = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "build"), str(HERE.parent / "gpu")]
+    code = "import emulated; emulated.load_ops(); import test_cuda_kernels; test_cuda_kernels.small_calls('cpu')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([*folders, os.environ.get("PYTHONPATH", "")])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_every_op_is_tested() -> None:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastdiff.backends import triton
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = triton.why_not()
-    if reason is None and not torch.cuda.is_available():
-        reason = "torch sees no GPU"
+    reason = None if torch.cuda.is_available() else "torch sees no GPU"
     for item in items:
         if reason is not None and item.path.parent.name == "gpu" and not item.get_closest_marker("anywhere"):
             item.add_marker(pytest.mark.skip(reason=reason))

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: the tests of tests/ops there, and the ops at the sizes of real models."""
+"""The ops at the sizes of real models, by the kernels of both GPU backends; and the Triton kernels in tests/ops."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from fastdiff import ops, use_backend
-from fastdiff.backends import kernels_of
+from fastdiff.backends import kernels_of, triton, unavailable
 from fastdiff.ops._library import OPS
 
 OPS_TESTS = Path(__file__).parents[1] / "ops"
+needs_triton = pytest.mark.skipif(triton.why_not() is not None, reason=str(triton.why_not()))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@needs_triton
 @pytest.mark.parametrize("file", sorted(OPS_TESTS.glob("test_*.py")), ids=lambda path: path.stem)
 def test_numerics_of_tests_ops(file: Path) -> None:
     """The same bodies as for the CPU kernels, bfloat16 too, each in a process of its own."""
@@ -73,6 +75,12 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
         w, table = random(128), torch.randn(4608, 128, device=device)
         return "qk_norm_rope", (q, k, w, w, None, None, table, table, text, text, w, w), {}
 
+    def rope_across_heads() -> Call:
+        q, k = (random(1, 2048, 5120).unflatten(-1, (40, 128)) for _ in range(2))
+        w, angle = random(5120), torch.randn(2048, 64, device=device)
+        pairs = torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+        return "qk_norm_rope", (q, k, w, w, None, None, pairs), {"across_heads": True}
+
     calls: dict[str, Callable[[], Call]] = {
         "swiglu": lambda: ("swiglu", tuple(random(1, 4608, 2 * 12288).chunk(2, -1)), {}),
         "geglu": lambda: ("geglu", (random(2, 4096, 2560),), {}),
@@ -85,6 +93,9 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
             {},
         ),
         "qk_norm_rope": rope,
+        "qk_norm_rope across heads": rope_across_heads,
+        "attention few queries": lambda: attention(16, 273, 20, 64),
+        "attention one query": lambda: attention(1, 77, 8, 128),
     }
     for name in ("adaln_modulate", "gate_residual", "gate_residual_adaln"):
         for width in (320, 1152, 3072, 9000):
@@ -120,15 +131,17 @@ def _wide(value: Any) -> Any:
     return {k: _wide(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def check(call: Call) -> None:
-    """Strictly the Triton kernel, into poisoned memory, against fp64, and against eager's error."""
+def check(call: Call, backend: str) -> None:
+    """Strictly that backend's kernel, into poisoned memory, against fp64, and against eager's error."""
     name, args, kwargs = call
     op = OPS[name]
+    kernel = next(k for k in kernels_of(name) if k.backend == backend)
+    if reason := kernel.refuse(*args, **kwargs):
+        pytest.skip(reason)
     exact = _tensors(op.eager(*_wide(args), **_wide(kwargs)))
     eager = _tensors(op.eager(*args, **kwargs))
     held = [torch.full_like(t, torch.nan) for t in eager]
     del held  # the kernel's results are allocated where it was
-    kernel = next(k for k in kernels_of(name) if k.backend == "triton")
     ours = _tensors(kernel.run(*args, **kwargs))
     for got, stock, want in zip(ours, eager, exact, strict=True):
         assert got.dtype == stock.dtype and got.shape == stock.shape and got.stride() == stock.stride()
@@ -142,19 +155,24 @@ def check(call: Call) -> None:
         assert ours_ <= limit, f"relative RMS error {ours_:.4g} exceeds {limit:.4g} (eager {eager_:.4g})"
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", real_calls(torch.float32, "meta"))
-def test_real_sizes(name: str, dtype: torch.dtype) -> None:
+def test_real_sizes(name: str, dtype: torch.dtype, backend: str) -> None:
+    if backend in unavailable:
+        pytest.skip(unavailable[backend])
     torch.manual_seed(0)
     with torch.no_grad():
-        check(real_calls(dtype, "cuda")[name]())
+        check(real_calls(dtype, "cuda")[name](), backend)
 
 
+@needs_triton
 def test_first_use_costs_less_than_a_second(tmp_path: Path) -> None:
     """Of each kernel, with an empty cache and torch and Triton imported."""
     code = """
 import time, torch, fastdiff
 from fastdiff import ops
+fastdiff.use_backend("triton", strict=True).__enter__()
 x = torch.randn(2, 320, 64, 64, device="cuda", dtype=torch.bfloat16); w = torch.ones(320, device="cuda").bfloat16()
 ops.gelu_tanh(x)
 for call in (lambda: ops.group_norm_silu(x, 32, w, w), lambda: ops.adaln_modulate(x), lambda: ops.geglu(x)):
@@ -166,6 +184,7 @@ for call in (lambda: ops.group_norm_silu(x, 32, w, w), lambda: ops.adaln_modulat
     assert len(times) == 3 and max(times) < 2.0, times  # group_norm_silu is two kernels
 
 
+@needs_triton
 def test_a_new_size_compiles_nothing() -> None:
     from fastdiff.backends.triton import group_norm_silu as module
 
@@ -185,17 +204,19 @@ def test_a_new_size_compiles_nothing() -> None:
     assert compiled() == before > 0
 
 
+@needs_triton
 def test_launch_overhead() -> None:
     """Host time of a call, mostly Python: printed, and far below what a stock chain of operations takes."""
     x, scale, shift = (torch.randn(s, device="cuda", dtype=torch.bfloat16) for s in ((1, 16, 64), (1, 64), (1, 64)))
-    for _ in range(10):
-        ops.adaln_modulate(x, scale, shift)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(1000):
-        ops.adaln_modulate(x, scale, shift)
-    microseconds = (time.perf_counter() - start) * 1e3
-    torch.cuda.synchronize()
+    with use_backend("triton", strict=True):
+        for _ in range(10):
+            ops.adaln_modulate(x, scale, shift)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(1000):
+            ops.adaln_modulate(x, scale, shift)
+        microseconds = (time.perf_counter() - start) * 1e3
+        torch.cuda.synchronize()
     print(f"adaln_modulate: {microseconds:.1f} us of host time a call")
     assert microseconds < 60
 

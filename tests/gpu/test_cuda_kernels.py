@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ NUMBERS = (
     "gate_residual",
     "gelu",
     "group_norm_silu",
+    "qk_norm_rope",
     "scheduler_step",
     "swiglu",
 )
@@ -39,47 +41,60 @@ def why_not() -> str | None:
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> torch.Tensor:
+def randn(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(shape, device=device, dtype=dtype)
 
 
-#: A call of every op at a size that real models have, on a device.
-CALLS: dict[str, Callable[[str], tuple[Any, ...]]] = {
-    "adaln_modulate": lambda d: (randn(2, 1024, 1152, device=d), *randn(2, 2304, device=d).chunk(2, 1)),
-    "attention": lambda d: tuple(randn(2, n, 8, 40, device=d) for n in (1024, 77, 77)),
-    "cfg_combine": lambda d: (*randn(4, 4, 128, 128, device=d).chunk(2), 7.5, 0.7),
-    "gate_residual": lambda d: (
-        randn(2, 1024, 1152, device=d), randn(2, 1, 1152, device=d), randn(2, 1024, 1152, device=d)
+def table(tokens: int, width: int, device: str) -> torch.Tensor:
+    angle = randn(tokens, width // 2, dtype=torch.float32, device=device)
+    return torch.view_as_real(torch.polar(torch.ones_like(angle), angle))
+
+
+def rows(n: int, device: str) -> tuple[torch.Tensor, ...]:
+    x, residual = (randn(2, n, 1152, device=device) for _ in range(2))
+    return x, randn(2, 1, 1152, device=device), residual
+
+
+#: A call of every op on a device, with so many tokens; 1024 is what real models have.
+CALLS: dict[str, Callable[[str, int], tuple[Any, ...]]] = {
+    "adaln_modulate": lambda d, n: (randn(2, n, 1152, device=d), *randn(2, 2304, device=d).chunk(2, 1)),
+    "attention": lambda d, n: tuple(randn(2, m, 8, 40, device=d) for m in (n, 77, 77)),
+    "cfg_combine": lambda d, n: (*randn(4, 4, 16, n, device=d).chunk(2), 7.5, 0.7),
+    "gate_residual": lambda d, n: rows(n, d),
+    "gate_residual_adaln": lambda d, n: rows(n, d),
+    "geglu": lambda d, n: (randn(2, n, 2560, device=d),),
+    "gelu_tanh": lambda d, n: (randn(2, n, 1536, device=d),),
+    "group_norm_silu": lambda d, n: (randn(2, 320, 4, n, device=d), 32),
+    "qk_norm_rope": lambda d, n: (
+        *(randn(1, n, 24 * 128, device=d).unflatten(-1, (24, 128)) for _ in range(2)), randn(128, device=d),
+        randn(128, device=d), None, None, table(n + 16, 128, d), None,
+        *(randn(1, 16, 24, 128, device=d) for _ in range(2)),
     ),
-    "gate_residual_adaln": lambda d: (
-        randn(2, 1024, 1152, device=d), randn(2, 1, 1152, device=d), randn(2, 1024, 1152, device=d)
+    "scheduler_step": lambda d, n: (
+        randn(2, 4, 16, n, dtype=torch.float32, device=d), randn(2, 4, 16, n, device=d),
+        [randn(2, 4, 16, n, device=d)], None, [0.9, -0.1, 0.3, 0.0, 0.2], [1.1, -0.4],
     ),
-    "geglu": lambda d: (randn(2, 1024, 2560, device=d),),
-    "gelu_tanh": lambda d: (randn(2, 1024, 1536, device=d),),
-    "group_norm_silu": lambda d: (randn(2, 320, 64, 64, device=d), 32),
-    "scheduler_step": lambda d: (
-        randn(2, 4, 128, 128, dtype=torch.float32, device=d), randn(2, 4, 128, 128, device=d),
-        [randn(2, 4, 128, 128, device=d)], None, [0.9, -0.1, 0.3, 0.0, 0.2], [1.1, -0.4],
-    ),
-    "swiglu": lambda d: tuple(randn(2, 1024, 5120, device=d).chunk(2, -1)),
+    "swiglu": lambda d, n: tuple(randn(2, n, 5120, device=d).chunk(2, -1)),
 }  # fmt: skip
 
 
-def run(op: str, *args: Any) -> tuple[torch.Tensor, ...]:
+def run(op: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
     with use_backend("cuda", strict=True):
-        choice = getattr(ops, op).choose(*args)
+        choice = getattr(ops, op).choose(*args, **kwargs)
         assert choice.backend == "cuda", choice.reason
-        result = choice.run(*args)
+        result = choice.run(*args, **kwargs)
     return (result,) if isinstance(result, torch.Tensor) else tuple(result)
 
 
-def close(got: tuple[torch.Tensor, ...], op: str, *args: Any) -> None:
+def close(got: tuple[torch.Tensor, ...], op: str, *args: Any, **kwargs: Any) -> None:
     """Within a few roundings of eager in fp64."""
-    wide = torch.utils._pytree.tree_map(lambda a: a.double() if isinstance(a, torch.Tensor) else a, args)
-    exact = getattr(ops, op).eager(*wide)
+    args, kwargs = torch.utils._pytree.tree_map(
+        lambda a: a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a, (args, kwargs)
+    )
+    exact = getattr(ops, op).eager(*args, **kwargs)
     for g, e in zip(got, (exact,) if isinstance(exact, torch.Tensor) else exact, strict=True):
         if g.numel():
-            assert ((g.double() - e).norm() / e.norm()).item() < 2 * torch.finfo(g.dtype).eps
+            assert ((g.double() - e).norm() / e.norm()).item() < 2 * torch.finfo(g.dtype).eps, op
 
 
 def test_every_op_has_a_call() -> None:
@@ -104,7 +119,7 @@ def test_numbers(name: str) -> None:
 @pytest.mark.parametrize("op", CALLS)
 def test_runs_on_the_current_stream(op: str) -> None:
     """Its input is written late, by earlier work of a stream that no other waits for."""
-    args = CALLS[op]("cuda")
+    args = CALLS[op]("cuda", 1024)
     first, expected = args[0].clone(), run(op, *args)
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
@@ -119,7 +134,7 @@ def test_runs_on_the_current_stream(op: str) -> None:
 
 @pytest.mark.parametrize("op", CALLS)
 def test_graph_capture(op: str) -> None:
-    args = CALLS[op]("cuda")
+    args = CALLS[op]("cuda", 1024)
     run(op, *args)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -136,7 +151,7 @@ def test_graph_capture(op: str) -> None:
 def test_second_device(op: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("there is one GPU")
-    args = CALLS[op]("cuda:1")
+    args = CALLS[op]("cuda:1", 1024)
     with torch.cuda.device(0):
         got = run(op, *args)
     assert all(g.device.index == 1 for g in got)
@@ -144,9 +159,28 @@ def test_second_device(op: str) -> None:
 
 
 def test_tensors_on_two_devices_are_refused() -> None:
-    x, cond = randn(2, 8), torch.randn(2, 8, dtype=torch.bfloat16)
+    x, cond = randn(2, 8, device="cuda"), randn(2, 8, device="cpu")
     with pytest.raises(RuntimeError, match="is on another device"):
         torch.ops.fastdiff.cfg_combine(x, cond, 2.0)
+
+
+def test_scheduler_step_is_one_launch_and_costs_little_host_time() -> None:
+    args = CALLS["scheduler_step"]("cuda", 1024)
+    with use_backend("cuda", strict=True):
+        step = ops.scheduler_step.choose(*args).run
+    step(*args)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step(*args)
+        torch.cuda.synchronize()
+    kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    assert len(kernels) == 1 and "scheduler_step_kernel" in kernels[0], kernels
+    start = time.perf_counter()
+    for _ in range(1000):
+        step(*args)
+    microseconds = (time.perf_counter() - start) * 1e3
+    torch.cuda.synchronize()
+    print(f"scheduler_step: {microseconds:.1f} us of host time a call")
+    assert microseconds < 10
 
 
 @pytest.mark.parametrize("op", ["gelu_tanh", "group_norm_silu", "group_norm_silu channels_last", "adaln_modulate"])
@@ -171,33 +205,42 @@ def test_more_than_2_to_31_elements(op: str) -> None:
         )
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("there is no compute-sanitizer")
-    code = f"import sys; sys.path.insert(0, {str(TESTS / 'gpu')!r}); import test_cuda_kernels as t; t.small_calls()"
+    # Each tensor an allocation of its own, so that what lies behind one is not another's.
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    folder = str(TESTS / "gpu")
+    code = f"import sys; sys.path.insert(0, {folder!r}); import test_cuda_kernels as t; t.small_calls('cuda')"
     command = [sanitizer, "--tool", tool, "--error-exitcode", "3", sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
-def small_calls() -> None:
-    """One small call of each op and layout, for a sanitizer."""
-    x = randn(1, 40, 9, 11)
-    for layout in (x, x.contiguous(memory_format=torch.channels_last)):
-        run("group_norm_silu", layout, 8)
-    ops.group_norm_silu(x, 8, tokens=True)
-    for depth, keys in ((40, 77), (33, 70), (256, 300)):
-        run("attention", *(randn(1, n, 2, depth) for n in (70, keys, keys)))
-    for op in (
-        "adaln_modulate",
-        "cfg_combine",
-        "gate_residual_adaln",
-        "geglu",
-        "gelu_tanh",
-        "scheduler_step",
-        "swiglu",
-    ):
-        run(op, *CALLS[op]("cuda"))
-    torch.cuda.synchronize()
+def small_calls(device: str) -> None:
+    """One small call of each op and each of its kernels, for a sanitizer. The emulation runs them too, and compares."""
+
+    def call(op: str, *args: Any, **options: Any) -> None:
+        got = run(op, *args, **options)
+        if device == "cpu":
+            close(got, op, *args, **options)
+
+    for op, arguments in CALLS.items():
+        call(op, *arguments(device, 19 if op == "attention" else 3))
+    for shape in ((1, 40, 9, 11), (1, 8, 99, 102)):  # in one launch, and in two
+        x = randn(*shape, device=device)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            call("group_norm_silu", layout, 2)
+        call("group_norm_silu", x, 2, tokens=True)
+    # Resident keys, streamed ones, a depth of whole packs and not, few queries, two warps for a row.
+    for queries, keys, depth in ((70, 77, 40), (33, 300, 256), (20, 70, 33), (7, 90, 64), (40, 33, 512)):
+        call("attention", *(randn(1, n, 2, depth, device=device) for n in (queries, keys, keys)))
+    q, k = (randn(1, 3, 12, 128, device=device) for _ in range(2))
+    w = randn(12 * 128, device=device)
+    for interleaved in (True, False):
+        options = {"cos": table(3, 96, device), "across_heads": True, "interleaved": interleaved}
+        call("qk_norm_rope", q, k, w, w, **options)
+    if device == "cuda":
+        torch.cuda.synchronize()

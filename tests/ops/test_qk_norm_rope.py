@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -106,6 +107,29 @@ def test_numerics(dtype: torch.dtype, variant: str) -> None:
 @pytest.mark.parametrize("variant", ["layer norm", "across heads, layer norm"])
 def test_large_means(variant: str) -> None:
     assert_numerics(qk_norm_rope, lambda generator: _arguments(generator, torch.float32, variant, offset=1e3))
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("across", [False, True], ids=["per head", "across heads"])
+@pytest.mark.parametrize(("heads", "depth", "width"), [(5, 64, 64), (3, 128, 96), (10, 128, 128), (2, 512, 32)])
+def test_sizes_of_models(heads: int, depth: int, width: int, across: bool) -> None:
+    """Whole registers and packs, long rows, and both pairings of the elements with both kinds of table."""
+
+    def arguments(generator: torch.Generator, dtype: torch.dtype, interleaved: bool, joined: bool) -> Arguments:
+        q, k = (torch.randn(2, 3, heads, depth, generator=generator).to(dtype) for _ in range(2))
+        w = (1 + torch.randn(depth * (heads if across else 1), generator=generator)).to(dtype)
+        angle = 3 * torch.randn(3, width // 2, generator=generator)
+        table = {"cos": torch.view_as_real(torch.polar(torch.ones_like(angle), angle))}
+        if not joined:
+            angle = torch.cat((angle, angle), -1)
+            table = {"cos": angle.cos(), "sin": angle.sin()}
+        options = {"across_heads": across, "rms": not across, "interleaved": interleaved}
+        return (q, k, w, w), table | options
+
+    for dtype, interleaved, joined in zip(DTYPES, (True, False, False), (True, True, False), strict=False):
+        assert_numerics(
+            qk_norm_rope, functools.partial(arguments, dtype=dtype, interleaved=interleaved, joined=joined)
+        )
 
 
 @pytest.mark.parametrize("isa", lower_isas())

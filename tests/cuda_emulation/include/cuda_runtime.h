@@ -31,6 +31,7 @@ using cudaStream_t = struct CUstream_st*;
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 namespace emulation {
 
