@@ -56,6 +56,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.attention_processor:CogVideoXAttnProcessor2_0.__call__": {
         "02fc273de2e3ce93": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:HunyuanAttnProcessor2_0.__call__": {
+        "6b2c81b7280e2003": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:JointAttnProcessor2_0.__call__": {
         "2fb36a7eb99a8a2d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -155,6 +158,12 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.dit_transformer_2d:DiTTransformer2DModel.forward": {
         "6a486c860cff1de6": "0.38.0 0.39.0 0.40.0",
         "6ede5f5f693e7e92": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.hunyuan_transformer_2d:AdaLayerNormShift.forward": {
+        "dd7f8582f54b3ebf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.hunyuan_transformer_2d:HunyuanDiTBlock.forward": {
+        "853cde9731eac527": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.sana_transformer:GLUMBConv.forward": {
         "ef91b80dca70c46c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

@@ -18,6 +18,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
+    HunyuanDiT2DControlNetModel,
+    HunyuanDiT2DModel,
     HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
@@ -185,6 +187,11 @@ _SANA = {
     "num_cross_attention_heads": 3, "cross_attention_head_dim": 20, "cross_attention_dim": 60, "caption_channels": 28,
     "sample_size": 8,
 }  # fmt: skip
+_HUNYUAN_DIT = {
+    "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "patch_size": 2, "sample_size": 8,
+    "hidden_size": 72, "num_layers": 4, "cross_attention_dim": 28, "cross_attention_dim_t5": 24,
+    "pooled_projection_dim": 20, "text_len": 7, "text_len_t5": 5,
+}  # fmt: skip
 _LINEAR = {("Attention", "its attention has no softmax"): 2}
 
 TRANSFORMERS = [
@@ -266,6 +273,12 @@ TRANSFORMERS = [
     Transformer("CogView4", CogView4Transformer2DModel, _COGVIEW4, {"num_layers": 28}, 0.5,
                 {"CogView4TransformerBlock": 2, "CogView4AdaLayerNormZero": 2, "Attention": 2, "GELU": 2,
                  "CogView4AdaLayerNormContinuous": 1}),
+    Transformer("HunyuanDiT", HunyuanDiT2DModel, _HUNYUAN_DIT, {"num_layers": 40}, 0.4,
+                {"HunyuanDiTBlock": 4, "AdaLayerNormShift": 4, "Attention": 8, "AdaLayerNormContinuous": 1, "GELU": 4}),
+    Transformer("HunyuanDiT ControlNet", HunyuanDiT2DControlNetModel,
+                {k: v for k, v in _HUNYUAN_DIT.items() if k != "num_layers"} | {"transformer_num_layers": 6},
+                {"transformer_num_layers": 40}, 0.4,
+                {"HunyuanDiTBlock": 2, "AdaLayerNormShift": 2, "Attention": 4, "GELU": 2}),
 ]  # fmt: skip
 
 _SD3_REAL = {
@@ -275,6 +288,8 @@ _SD3_REAL = {
 _FLUX_REAL = {"num_single_layers": 2, "guidance_embeds": True}
 _WAN_REAL = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
 _COGVIDEOX_REAL = {"sample_width": 90, "sample_height": 60, "sample_frames": 49}
+
+_HUNYUAN_REAL = {"in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408}
 
 #: Changes of the classes' defaults that make the published configurations, but for the number of blocks.
 _REAL: dict[str, dict[str, Any]] = {
@@ -309,4 +324,6 @@ _REAL: dict[str, dict[str, Any]] = {
     },
     "Stable Audio": {},
     "CogView4": {"num_attention_heads": 32, "attention_head_dim": 128},
+    "HunyuanDiT": _HUNYUAN_REAL,
+    "HunyuanDiT ControlNet": _HUNYUAN_REAL | {"num_layers": None, "transformer_num_layers": 6},
 }  # fmt: skip

@@ -58,6 +58,7 @@ def families() -> tuple[Family, ...]:
         dit,
         flux,
         flux2,
+        hunyuan_dit,
         hunyuan_video,
         latte,
         ltx,
@@ -102,6 +103,8 @@ def families() -> tuple[Family, ...]:
         latte.LATTE,
         stable_audio.STABLE_AUDIO,
         cogview4.COGVIEW4,
+        hunyuan_dit.HUNYUAN_DIT,
+        hunyuan_dit.HUNYUAN_DIT_CONTROLNET,
     )  # fmt: skip
 
 
