@@ -62,6 +62,13 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.attention_processor:JointAttnProcessor2_0.__call__": {
         "2fb36a7eb99a8a2d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:MochiAttention.forward": {
+        "7d1a0fe74490e394": "0.38.0 0.39.0 0.40.0",
+        "4341a14c8ef04154": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention_processor:MochiAttnProcessor2_0.__call__": {
+        "97865caddd873e13": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:SpatialNorm.forward": {
         "614b1925ea63f134": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -279,6 +286,19 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_lumina2:Lumina2TransformerBlock.forward": {
         "e034750cbb4a6c52": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiLayerNormContinuous.forward": {
+        "138bc78badb20fe7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiModulatedRMSNorm.forward": {
+        "fdcb4f48e5e2368e": "0.38.0 0.39.0 0.40.0",
+        "dbf8a2bfce0b8841": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiRMSNormZero.forward": {
+        "ee9363a1b218a930": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiTransformerBlock.forward": {
+        "09d1b755221259bf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0.__call__": {
         "d62cf83381e785d7": "0.38.0",

@@ -24,6 +24,7 @@ from diffusers import (
     LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
+    MochiTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -192,6 +193,10 @@ _HUNYUAN_DIT = {
     "hidden_size": 72, "num_layers": 4, "cross_attention_dim": 28, "cross_attention_dim_t5": 24,
     "pooled_projection_dim": 20, "text_len": 7, "text_len_t5": 5,
 }  # fmt: skip
+_MOCHI = {
+    "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 22, "num_layers": 3, "pooled_projection_dim": 20,
+    "in_channels": 4, "text_embed_dim": 24, "time_embed_dim": 16,
+}  # fmt: skip
 _LINEAR = {("Attention", "its attention has no softmax"): 2}
 
 TRANSFORMERS = [
@@ -279,6 +284,9 @@ TRANSFORMERS = [
                 {k: v for k, v in _HUNYUAN_DIT.items() if k != "num_layers"} | {"transformer_num_layers": 6},
                 {"transformer_num_layers": 40}, 0.4,
                 {"HunyuanDiTBlock": 2, "AdaLayerNormShift": 2, "Attention": 4, "GELU": 2}),
+    Transformer("Mochi", MochiTransformer3DModel, _MOCHI, {"num_layers": 48}, 0.5,
+                {"MochiTransformerBlock": 3, "MochiRMSNormZero": 5, "MochiLayerNormContinuous": 1, "MochiAttention": 3,
+                 "SwiGLU": 5, "AdaLayerNormContinuous": 1}),
 ]  # fmt: skip
 
 _SD3_REAL = {
@@ -325,5 +333,6 @@ _REAL: dict[str, dict[str, Any]] = {
     "Stable Audio": {},
     "CogView4": {"num_attention_heads": 32, "attention_head_dim": 128},
     "HunyuanDiT": _HUNYUAN_REAL,
+    "Mochi": {},
     "HunyuanDiT ControlNet": _HUNYUAN_REAL | {"num_layers": None, "transformer_num_layers": 6},
 }  # fmt: skip

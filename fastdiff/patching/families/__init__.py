@@ -63,6 +63,7 @@ def families() -> tuple[Family, ...]:
         latte,
         ltx,
         lumina2,
+        mochi,
         pixart,
         qwenimage,
         sana,
@@ -105,6 +106,7 @@ def families() -> tuple[Family, ...]:
         cogview4.COGVIEW4,
         hunyuan_dit.HUNYUAN_DIT,
         hunyuan_dit.HUNYUAN_DIT_CONTROLNET,
+        mochi.MOCHI,
     )  # fmt: skip
 
 
