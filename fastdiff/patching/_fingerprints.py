@@ -315,6 +315,10 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_qwenimage:apply_rotary_emb_qwen": {
         "301574f536e537db": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_sd3:SD3SingleTransformerBlock.forward": {
+        "6fc428cb13c1a1dd": "0.38.0 0.39.0 0.40.0",
+        "9eb91a939718d319": "0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_temporal:TransformerSpatioTemporalModel.forward": {
         "5d3336da9f3061d8": "0.38.0 0.39.0 0.40.0",
         "2b12c803d2803630": "0.41.0 0.42.0 0.42.1",

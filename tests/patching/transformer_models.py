@@ -28,6 +28,7 @@ from diffusers import (
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     StableAudioDiTModel,
     WanTransformer3DModel,
@@ -69,8 +70,10 @@ class Transformer:
     def published(self, *, deep: bool = False, device: str = "meta") -> Any:
         """A model of published sizes without weights, with few blocks of each kind or all."""
         config = {"num_layers": 2} | _REAL[self.name] | (self.depth if deep else {})
+        if config["num_layers"] is None:
+            del config["num_layers"]
         with torch.device(device):
-            return self.cls(**{k: v for k, v in config.items() if v is not None}).eval().requires_grad_(False)
+            return self.cls(**config).eval().requires_grad_(False)
 
     def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:
         """The family's example for one seed."""
@@ -190,7 +193,7 @@ _SANA = {
 }  # fmt: skip
 _HUNYUAN_DIT = {
     "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "patch_size": 2, "sample_size": 8,
-    "hidden_size": 72, "num_layers": 4, "cross_attention_dim": 28, "cross_attention_dim_t5": 24,
+    "hidden_size": 72, "num_layers": 6, "cross_attention_dim": 28, "cross_attention_dim_t5": 24,
     "pooled_projection_dim": 20, "text_len": 7, "text_len_t5": 5,
 }  # fmt: skip
 _MOCHI = {
@@ -219,6 +222,12 @@ TRANSFORMERS = [
     Transformer("SD3.5 large", SD3Transformer2DModel, _SD3 | {"qk_norm": "rms_norm"}, {"num_layers": 38}, 0.55,
                 {"JointTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 5, "AdaLayerNormContinuous": 2,
                  "GELU": 5}),
+    Transformer("SD3 ControlNet", SD3ControlNetModel, _SD3, {"num_layers": 6}, 0.3,
+                {"JointTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 6, "GELU": 6}),
+    Transformer("SD3.5 ControlNet", SD3ControlNetModel,
+                _SD3 | {"joint_attention_dim": None, "caption_projection_dim": None, "use_pos_embed": False},
+                {"num_layers": 19}, 0.3,
+                {"SD3SingleTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 3, "GELU": 3}),
     Transformer("PixArt", PixArtTransformer2DModel, _PIXART, {"num_layers": 28}, 0.3,
                 {"BasicTransformerBlock": 2, "Attention": 4, "GELU": 2}),
     Transformer("Wan T2V", WanTransformer3DModel, _WAN | {"cross_attn_norm": True}, {"num_layers": 30}, 0.55,
@@ -279,7 +288,8 @@ TRANSFORMERS = [
                 {"CogView4TransformerBlock": 2, "CogView4AdaLayerNormZero": 2, "Attention": 2, "GELU": 2,
                  "CogView4AdaLayerNormContinuous": 1}),
     Transformer("HunyuanDiT", HunyuanDiT2DModel, _HUNYUAN_DIT, {"num_layers": 40}, 0.4,
-                {"HunyuanDiTBlock": 4, "AdaLayerNormShift": 4, "Attention": 8, "AdaLayerNormContinuous": 1, "GELU": 4}),
+                {"HunyuanDiTBlock": 6, "AdaLayerNormShift": 6, "Attention": 12, "AdaLayerNormContinuous": 1,
+                 "GELU": 6}),
     Transformer("HunyuanDiT ControlNet", HunyuanDiT2DControlNetModel,
                 {k: v for k, v in _HUNYUAN_DIT.items() if k != "num_layers"} | {"transformer_num_layers": 6},
                 {"transformer_num_layers": 40}, 0.4,
@@ -308,6 +318,10 @@ _REAL: dict[str, dict[str, Any]] = {
     "SD3": _SD3_REAL,
     "SD3.5 medium": _SD3_REAL | {"qk_norm": "rms_norm", "dual_attention_layers": (0,), "pos_embed_max_size": 384},
     "SD3.5 large": _SD3_REAL | {"qk_norm": "rms_norm", "num_attention_heads": 38, "caption_projection_dim": 2432},
+    "SD3 ControlNet": _SD3_REAL,
+    "SD3.5 ControlNet": _SD3_REAL | {
+        "num_attention_heads": 38, "joint_attention_dim": None, "caption_projection_dim": None, "use_pos_embed": False,
+    },
     "PixArt": {"caption_channels": 4096},
     "Wan T2V": {"num_attention_heads": 12, "ffn_dim": 8960, "cross_attn_norm": True},
     "Wan I2V": _WAN_REAL | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},

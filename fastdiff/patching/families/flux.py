@@ -76,7 +76,11 @@ def single_block(
 
 FLUX_ATTENTION = attention_block(
     f"{_FILE}:FluxAttention",
-    AttentionRow(processor=f"{_FILE}:FluxAttnProcessor", rope="image_rotary_emb"),
+    AttentionRow(
+        processor=f"{_FILE}:FluxAttnProcessor",
+        rope="image_rotary_emb",
+        accepts=("ip_hidden_states", "ip_adapter_masks"),  # for other blocks' processors: this one ignores them
+    ),
 )
 
 FLUX_BLOCKS = (
