@@ -266,6 +266,18 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoSingleTransformerBlock.forward": {
         "a2486fa407a85895": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceAdaLayerNormZero.forward": {
+        "cde58db0b56da25d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": {
+        "1cbd1e69d9bac3be": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceSingleTransformerBlock.forward": {
+        "18307749baa72cfb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceTransformerBlock.forward": {
+        "4db41eceb850b64a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformerBlock.forward": {
         "037187f627b8f761": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },

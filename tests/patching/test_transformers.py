@@ -13,6 +13,7 @@ from transformer_models import TRANSFORMERS, Transformer, outputs, to_dtype
 import fastdiff
 from fastdiff._launches import count_launches
 from fastdiff.patching._site import site_of
+from fastdiff.patching.blocks import halves, rejoined
 
 pytestmark = pytest.mark.kernel
 
@@ -114,3 +115,21 @@ def test_mochi_with_padding_in_front() -> None:
     assert (outputs(model, inputs) - eager).norm() <= 1e-5 * eager.norm()
     reasons = {site.reason for m in model.modules() if (site := site_of(m)) and type(m).__name__ == "MochiAttention"}
     assert reasons == {"a sample's text is padded at the front"}
+
+
+def test_halves_are_rejoined_without_a_copy() -> None:
+    """Only as they were given out; whoever puts something else in their place gets a concatenation."""
+    x, other = torch.randn(2, 7, 3), torch.randn(2, 4, 3)
+    with torch.no_grad():
+        first, second = halves(x, 3)
+        second += 1
+        assert rejoined(first, second) is x
+        assert torch.equal(x, torch.cat([first, second], dim=1))
+        for pair in ((second, first), (first, second + 1), (first.clone(), second), (first, other)):
+            joint = rejoined(*pair)
+            assert joint is not x
+            assert torch.equal(joint, torch.cat(pair, dim=1))
+        second.data = other
+        assert torch.equal(rejoined(first, second), torch.cat([first, other], dim=1))
+    first, second = halves(x, 3)
+    assert rejoined(first, second) is not x

@@ -24,7 +24,7 @@ from torch.utils._device import DeviceContext
 
 from fastdiff.ops import attention, qk_norm_rope
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import Block, drop, forward, once
+from fastdiff.patching.blocks import Block, drop, forward, halves, once, rejoined
 from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head
 from fastdiff.patching.blocks.token_norms import (
     NORM_SOURCES,
@@ -160,7 +160,7 @@ def joint_attention(
     joined = text is not None and row.joined and not two_streams
     context = None if two_streams or joined else text
     if joined and text is not None:
-        image = torch.cat([text, image] if row.text_first else [image, text], dim=1)
+        image = rejoined(*((text, image) if row.text_first else (image, text)))
     query, key, value = _project(self, image, context)
     text_query = text_key = None
     if two_streams:
@@ -182,7 +182,7 @@ def joint_attention(
     if text is None or context is not None:
         return out
     lengths = hidden_states.shape[1], text.shape[1]
-    first, second = out.split(lengths[::-1] if row.text_first else lengths, dim=1)
+    first, second = halves(out, lengths[1 if row.text_first else 0])
     image, text = (second, first) if row.text_first else (first, second)
     if joined:
         return image, text
