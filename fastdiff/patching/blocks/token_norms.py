@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.ops import adaln_modulate, gate_residual_adaln
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import has_hooks, has_own_forward, parameter, why_stock
+from fastdiff.patching.blocks import has_hooks, has_own_forward, why_stock
 
 #: Class -> whether it is an RMSNorm. A family's file may add a class of its own, with :func:`also_rms`.
 _IS_RMS: dict[type[nn.Module], bool] = {
@@ -75,7 +75,8 @@ def parameters_of(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, f
 
 
 def _own(norm: Any, name: str) -> Tensor | None:
-    return parameter(norm, name) if name in norm._parameters else getattr(norm, name, None)
+    parameters = norm._parameters  # a tenth of the time of a module's getattr
+    return parameters[name] if name in parameters else getattr(norm, name, None)
 
 
 def modulated(
