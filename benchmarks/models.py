@@ -190,7 +190,7 @@ def cases() -> list[ModelCase]:
 def _in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
     """As ``from_pretrained`` leaves it: some modules (Wan's norms and time embedding) stay in fp32."""
     kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    model.to(dtype)
+    torch.nn.Module.to(model, dtype)  # Diffusers' own warns of these
     for path, parameter in model.named_parameters():
         if kept.intersection(path.split(".")):
             parameter.data = parameter.data.float()
