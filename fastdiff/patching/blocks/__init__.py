@@ -137,8 +137,10 @@ def halves(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 def rejoined(first: Tensor, second: Tensor) -> Tensor:
     """The two along the tokens: the tensor that they are the :func:`halves` of, if they are, and so share memory."""
+    if torch.compiler.is_compiling():
+        return torch.cat([first, second], dim=1)
     joint, other = first.__dict__.get("_fastdiff_halves", (None, None))
-    if joint is not None and other is second and not torch.compiler.is_compiling():
+    if joint is not None and other is second:
         storage = joint.untyped_storage()._cdata
         if first.untyped_storage()._cdata == second.untyped_storage()._cdata == storage:  # no ``.data`` was exchanged
             return joint
