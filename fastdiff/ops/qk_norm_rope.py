@@ -46,7 +46,7 @@ def qk_norm_rope(
 
     Args:
         q: (B, S, H, D).
-        k: (B, Sk, Hk, D) of q's dtype.
+        k: (B, Sk, Hk, D) of q's dtype; Hk may be 0, where keys are not to be rotated.
         q_weight, k_weight, q_bias, k_bias: (D,), or with ``across_heads`` (H D,): the norms' affine parameters.
         cos, sin: tables of R <= D elements per token, as (T, R) or (B or 1, T, H or 1, R). Complex tables come as
             ``cos=torch.view_as_real(table)``, so with R/2 pairs (cosine, sine) in the last two axes, without ``sin``.

@@ -56,8 +56,18 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.attention_processor:CogVideoXAttnProcessor2_0.__call__": {
         "02fc273de2e3ce93": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:HunyuanAttnProcessor2_0.__call__": {
+        "6b2c81b7280e2003": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:JointAttnProcessor2_0.__call__": {
         "2fb36a7eb99a8a2d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention_processor:MochiAttention.forward": {
+        "7d1a0fe74490e394": "0.38.0 0.39.0 0.40.0",
+        "4341a14c8ef04154": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.attention_processor:MochiAttnProcessor2_0.__call__": {
+        "97865caddd873e13": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.attention_processor:SpatialNorm.forward": {
         "614b1925ea63f134": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -156,6 +166,12 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "6a486c860cff1de6": "0.38.0 0.39.0 0.40.0",
         "6ede5f5f693e7e92": "0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.hunyuan_transformer_2d:AdaLayerNormShift.forward": {
+        "dd7f8582f54b3ebf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.hunyuan_transformer_2d:HunyuanDiTBlock.forward": {
+        "853cde9731eac527": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.sana_transformer:GLUMBConv.forward": {
         "ef91b80dca70c46c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -250,6 +266,18 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoSingleTransformerBlock.forward": {
         "a2486fa407a85895": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceAdaLayerNormZero.forward": {
+        "cde58db0b56da25d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceAdaLayerNormZeroSingle.forward": {
+        "1cbd1e69d9bac3be": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceSingleTransformerBlock.forward": {
+        "18307749baa72cfb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTokenReplaceTransformerBlock.forward": {
+        "4db41eceb850b64a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformerBlock.forward": {
         "037187f627b8f761": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -271,6 +299,19 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_lumina2:Lumina2TransformerBlock.forward": {
         "e034750cbb4a6c52": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_mochi:MochiLayerNormContinuous.forward": {
+        "138bc78badb20fe7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiModulatedRMSNorm.forward": {
+        "fdcb4f48e5e2368e": "0.38.0 0.39.0 0.40.0",
+        "dbf8a2bfce0b8841": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiRMSNormZero.forward": {
+        "ee9363a1b218a930": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_mochi:MochiTransformerBlock.forward": {
+        "09d1b755221259bf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0.__call__": {
         "d62cf83381e785d7": "0.38.0",
         "bb184140552e2778": "0.39.0",
@@ -285,6 +326,10 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_qwenimage:apply_rotary_emb_qwen": {
         "301574f536e537db": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_sd3:SD3SingleTransformerBlock.forward": {
+        "6fc428cb13c1a1dd": "0.38.0 0.39.0 0.40.0",
+        "9eb91a939718d319": "0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_temporal:TransformerSpatioTemporalModel.forward": {
         "5d3336da9f3061d8": "0.38.0 0.39.0 0.40.0",

@@ -132,6 +132,17 @@ def test_sizes_of_models(heads: int, depth: int, width: int, across: bool) -> No
         )
 
 
+@pytest.mark.numerics
+def test_queries_alone() -> None:
+    """Keys without heads: the queries are the same."""
+    (q, k), keywords = _sample("layer norm, rotary part")
+    expected, _ = run_kernel(qk_norm_rope, q, k, **keywords)
+    del keywords["k_weight"], keywords["k_bias"]
+    alone, none = run_kernel(qk_norm_rope, q, q[:, :, :0], **keywords)
+    assert torch.equal(alone, expected)
+    assert none.shape == (B, S, 0, D)
+
+
 @pytest.mark.parametrize("isa", lower_isas())
 def test_other_instruction_sets(isa: str) -> None:
     rerun_on(isa, __file__)

@@ -12,6 +12,8 @@ from transformer_models import TRANSFORMERS, Transformer, outputs, to_dtype
 
 import fastdiff
 from fastdiff._launches import count_launches
+from fastdiff.patching._site import site_of
+from fastdiff.patching.blocks import halves, rejoined
 
 pytestmark = pytest.mark.kernel
 
@@ -80,8 +82,9 @@ def test_unpatch_is_exact(case: Transformer) -> None:
         assert all(vars(module)[k] is v for k, v in state[name].items()), name
 
 
-#: Their own forwards do not run on meta: two read values of tensors, one makes its rotary tables on the CPU.
-_NOT_ON_META = {"Lumina2", "Z-Image", "CogView4"}
+#: Their own forwards do not run on meta: two read values of tensors, one makes its rotary tables on the CPU, one
+#: autocasts.
+_NOT_ON_META = {"Lumina2", "Z-Image", "CogView4", "Mochi"}
 
 
 @BY_NAME
@@ -99,3 +102,34 @@ def test_published_sizes(case: Transformer) -> None:
     for row in fastdiff.report(model).rows:
         if row.backend != "stock":
             assert re.fullmatch(r"([\w' -]+: cpu: a tensor is on meta(; )?)+", row.reason), row
+
+
+def test_mochi_with_padding_in_front() -> None:
+    """Stock code then gives a token's result to another one: that is left to it."""
+    case = next(c for c in TRANSFORMERS if c.name == "Mochi")
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    inputs["encoder_attention_mask"] = inputs["encoder_attention_mask"].flip(1)
+    eager = outputs(model, inputs)
+    fastdiff.patch(model)
+    assert (outputs(model, inputs) - eager).norm() <= 1e-5 * eager.norm()
+    reasons = {site.reason for m in model.modules() if (site := site_of(m)) and type(m).__name__ == "MochiAttention"}
+    assert reasons == {"a sample's text is padded at the front"}
+
+
+def test_halves_are_rejoined_without_a_copy() -> None:
+    """Only as they were given out; whoever puts something else in their place gets a concatenation."""
+    x, other = torch.randn(2, 7, 3), torch.randn(2, 4, 3)
+    with torch.no_grad():
+        first, second = halves(x, 3)
+        second += 1
+        assert rejoined(first, second) is x
+        assert torch.equal(x, torch.cat([first, second], dim=1))
+        for pair in ((second, first), (first, second + 1), (first.clone(), second), (first, other)):
+            joint = rejoined(*pair)
+            assert joint is not x
+            assert torch.equal(joint, torch.cat(pair, dim=1))
+        second.data = other
+        assert torch.equal(rejoined(first, second), torch.cat([first, other], dim=1))
+    first, second = halves(x, 3)
+    assert rejoined(first, second) is not x

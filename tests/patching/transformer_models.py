@@ -15,16 +15,21 @@ from diffusers import (
     ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
     CogView4Transformer2DModel,
+    DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
+    HunyuanDiT2DControlNetModel,
+    HunyuanDiT2DModel,
     HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
+    MochiTransformer3DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    SD3ControlNetModel,
     SD3Transformer2DModel,
     StableAudioDiTModel,
     WanTransformer3DModel,
@@ -66,8 +71,10 @@ class Transformer:
     def published(self, *, deep: bool = False, device: str = "meta") -> Any:
         """A model of published sizes without weights, with few blocks of each kind or all."""
         config = {"num_layers": 2} | _REAL[self.name] | (self.depth if deep else {})
+        if config["num_layers"] is None:
+            del config["num_layers"]
         with torch.device(device):
-            return self.cls(**{k: v for k, v in config.items() if v is not None}).eval().requires_grad_(False)
+            return self.cls(**config).eval().requires_grad_(False)
 
     def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:
         """The family's example for one seed."""
@@ -185,6 +192,15 @@ _SANA = {
     "num_cross_attention_heads": 3, "cross_attention_head_dim": 20, "cross_attention_dim": 60, "caption_channels": 28,
     "sample_size": 8,
 }  # fmt: skip
+_HUNYUAN_DIT = {
+    "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "patch_size": 2, "sample_size": 8,
+    "hidden_size": 72, "num_layers": 6, "cross_attention_dim": 28, "cross_attention_dim_t5": 24,
+    "pooled_projection_dim": 20, "text_len": 7, "text_len_t5": 5,
+}  # fmt: skip
+_MOCHI = {
+    "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 22, "num_layers": 3, "pooled_projection_dim": 20,
+    "in_channels": 4, "text_embed_dim": 24, "time_embed_dim": 16,
+}  # fmt: skip
 _LINEAR = {("Attention", "its attention has no softmax"): 2}
 
 TRANSFORMERS = [
@@ -207,6 +223,12 @@ TRANSFORMERS = [
     Transformer("SD3.5 large", SD3Transformer2DModel, _SD3 | {"qk_norm": "rms_norm"}, {"num_layers": 38}, 0.55,
                 {"JointTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 5, "AdaLayerNormContinuous": 2,
                  "GELU": 5}),
+    Transformer("SD3 ControlNet", SD3ControlNetModel, _SD3, {"num_layers": 6}, 0.3,
+                {"JointTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 6, "GELU": 6}),
+    Transformer("SD3.5 ControlNet", SD3ControlNetModel,
+                _SD3 | {"joint_attention_dim": None, "caption_projection_dim": None, "use_pos_embed": False},
+                {"num_layers": 19}, 0.3,
+                {"SD3SingleTransformerBlock": 3, "Attention": 3, "AdaLayerNormZero": 3, "GELU": 3}),
     Transformer("PixArt", PixArtTransformer2DModel, _PIXART, {"num_layers": 28}, 0.3,
                 {"BasicTransformerBlock": 2, "Attention": 4, "GELU": 2}),
     Transformer("Wan T2V", WanTransformer3DModel, _WAN | {"cross_attn_norm": True}, {"num_layers": 30}, 0.55,
@@ -233,10 +255,11 @@ TRANSFORMERS = [
                  "AdaLayerNormContinuous": 1, "GELU": 4}),
     Transformer("HunyuanVideo I2V", HunyuanVideoTransformer3DModel,
                 _HUNYUAN_VIDEO | {"image_condition_type": "token_replace"}, {"num_layers": 20, "num_single_layers": 40},
-                0.3, {"Attention": 7, "HunyuanVideoIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 2,
-                      "AdaLayerNormContinuous": 1, "GELU": 4},
-                {("HunyuanVideoTokenReplaceTransformerBlock", "its first frame has a modulation of its own"): 2,
-                 ("HunyuanVideoTokenReplaceSingleTransformerBlock", "its first frame has a modulation of its own"): 3}),
+                0.6,
+                {"HunyuanVideoTokenReplaceTransformerBlock": 2, "HunyuanVideoTokenReplaceSingleTransformerBlock": 3,
+                 "HunyuanVideoTokenReplaceAdaLayerNormZero": 2, "HunyuanVideoTokenReplaceAdaLayerNormZeroSingle": 3,
+                 "Attention": 7, "HunyuanVideoIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 2,
+                 "AdaLayerNormContinuous": 1, "GELU": 4}),
     Transformer("CogVideoX 5B", CogVideoXTransformer3DModel, _COGVIDEOX | {"use_rotary_positional_embeddings": True},
                 {"num_layers": 42}, 0.5,
                 {"CogVideoXBlock": 2, "CogVideoXLayerNormZero": 4, "AdaLayerNorm": 1, "Attention": 2, "GELU": 2}),
@@ -266,6 +289,20 @@ TRANSFORMERS = [
     Transformer("CogView4", CogView4Transformer2DModel, _COGVIEW4, {"num_layers": 28}, 0.5,
                 {"CogView4TransformerBlock": 2, "CogView4AdaLayerNormZero": 2, "Attention": 2, "GELU": 2,
                  "CogView4AdaLayerNormContinuous": 1}),
+    Transformer("HunyuanDiT", HunyuanDiT2DModel, _HUNYUAN_DIT, {"num_layers": 40}, 0.4,
+                {"HunyuanDiTBlock": 6, "AdaLayerNormShift": 6, "Attention": 12, "AdaLayerNormContinuous": 1,
+                 "GELU": 6}),
+    Transformer("HunyuanDiT ControlNet", HunyuanDiT2DControlNetModel,
+                {k: v for k, v in _HUNYUAN_DIT.items() if k != "num_layers"} | {"transformer_num_layers": 6},
+                {"transformer_num_layers": 40}, 0.4,
+                {"HunyuanDiTBlock": 2, "AdaLayerNormShift": 2, "Attention": 4, "GELU": 2}),
+    Transformer("DiT-XL/2", DiTTransformer2DModel,
+                {"num_attention_heads": 2, "attention_head_dim": 24, "num_layers": 3, "sample_size": 8,
+                 "num_embeds_ada_norm": 10}, {"num_layers": 28}, 0.4,
+                {"BasicTransformerBlock": 3, "AdaLayerNormZero": 3, "Attention": 3, "GELU": 3}),
+    Transformer("Mochi", MochiTransformer3DModel, _MOCHI, {"num_layers": 48}, 0.5,
+                {"MochiTransformerBlock": 3, "MochiRMSNormZero": 5, "MochiLayerNormContinuous": 1, "MochiAttention": 3,
+                 "SwiGLU": 5, "AdaLayerNormContinuous": 1}),
 ]  # fmt: skip
 
 _SD3_REAL = {
@@ -276,6 +313,8 @@ _FLUX_REAL = {"num_single_layers": 2, "guidance_embeds": True}
 _WAN_REAL = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
 _COGVIDEOX_REAL = {"sample_width": 90, "sample_height": 60, "sample_frames": 49}
 
+_HUNYUAN_REAL = {"in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408}
+
 #: Changes of the classes' defaults that make the published configurations, but for the number of blocks.
 _REAL: dict[str, dict[str, Any]] = {
     "Flux dev": _FLUX_REAL,
@@ -285,6 +324,10 @@ _REAL: dict[str, dict[str, Any]] = {
     "SD3": _SD3_REAL,
     "SD3.5 medium": _SD3_REAL | {"qk_norm": "rms_norm", "dual_attention_layers": (0,), "pos_embed_max_size": 384},
     "SD3.5 large": _SD3_REAL | {"qk_norm": "rms_norm", "num_attention_heads": 38, "caption_projection_dim": 2432},
+    "SD3 ControlNet": _SD3_REAL,
+    "SD3.5 ControlNet": _SD3_REAL | {
+        "num_attention_heads": 38, "joint_attention_dim": None, "caption_projection_dim": None, "use_pos_embed": False,
+    },
     "PixArt": {"caption_channels": 4096},
     "Wan T2V": {"num_attention_heads": 12, "ffn_dim": 8960, "cross_attn_norm": True},
     "Wan I2V": _WAN_REAL | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
@@ -309,4 +352,8 @@ _REAL: dict[str, dict[str, Any]] = {
     },
     "Stable Audio": {},
     "CogView4": {"num_attention_heads": 32, "attention_head_dim": 128},
+    "HunyuanDiT": _HUNYUAN_REAL,
+    "DiT-XL/2": {"attention_head_dim": 72, "in_channels": 4, "out_channels": 8},
+    "Mochi": {},
+    "HunyuanDiT ControlNet": _HUNYUAN_REAL | {"num_layers": None, "transformer_num_layers": 6},
 }  # fmt: skip

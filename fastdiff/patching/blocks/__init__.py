@@ -127,6 +127,26 @@ def once(x: Tensor, key: Hashable, compute: Callable[[Tensor], Tensor]) -> Tenso
     return known[2]
 
 
+def halves(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first ``length`` tokens of (B, S, D) and the others; :func:`rejoined` makes them one again without a copy."""
+    first, second = joint[:, :length], joint[:, length:]
+    if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        first.__dict__["_fastdiff_halves"] = joint, second
+    return first, second
+
+
+def rejoined(first: Tensor, second: Tensor) -> Tensor:
+    """The two along the tokens: the tensor that they are the :func:`halves` of, if they are, and so share memory."""
+    if torch.compiler.is_compiling():
+        return torch.cat([first, second], dim=1)
+    joint, other = first.__dict__.get("_fastdiff_halves", (None, None))
+    if joint is not None and other is second:
+        storage = joint.untyped_storage()._cdata
+        if first.untyped_storage()._cdata == second.untyped_storage()._cdata == storage:  # no ``.data`` was exchanged
+            return joint
+    return torch.cat([first, second], dim=1)
+
+
 def activated_once(activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(x)`` of a time embedding that all blocks activate, see :func:`once`."""
     kind = type(activation)

@@ -57,23 +57,26 @@ def sandwich(
     gate: Tensor | None = None,
     scale: Tensor | None = None,
     feed_forward_gate: Tensor | None = None,
+    *,
+    stream: str = "",
 ) -> Tensor:
-    """A block after its attention where every branch is normalised on its way in and out (Lumina 2, Z-Image):
+    """A block after its attention where every branch is normalised on its way in and out (Lumina 2, Z-Image, Mochi):
     ``x + tanh(gate) * norm(branch)``, norm, scale, feed-forward, and again ``x + tanh(gate) * norm(...)``.
 
     Args:
         norms: of the branch, before and after the feed-forward.
         gate, scale, feed_forward_gate: all or none.
+        stream: before the names for the report, where a block has two.
     """
     after, before_feed_forward, after_feed_forward = norms
-    h = modulated(site, "norm after attention", after, branch)
+    h = modulated(site, f"{stream}norm after attention", after, branch)
     if gate is None or feed_forward_gate is None:
         x = x + h
-        h = modulated(site, "norm before feed-forward", before_feed_forward, x)
-        return x + modulated(site, "norm after feed-forward", after_feed_forward, feed_forward(h))
-    x, h = gated_then_modulated(site, "gate and norm", h, gate.tanh(), x, before_feed_forward, scale)
-    h = modulated(site, "norm after feed-forward", after_feed_forward, feed_forward(h))
-    return gated(site, "gate", h, feed_forward_gate.tanh(), x)
+        h = modulated(site, f"{stream}norm before feed-forward", before_feed_forward, x)
+        return x + modulated(site, f"{stream}norm after feed-forward", after_feed_forward, feed_forward(h))
+    x, h = gated_then_modulated(site, f"{stream}gate and norm", h, gate.tanh(), x, before_feed_forward, scale)
+    h = modulated(site, f"{stream}norm after feed-forward", after_feed_forward, feed_forward(h))
+    return gated(site, f"{stream}gate", h, feed_forward_gate.tanh(), x)
 
 
 def gated(site: Site, slot: str, x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:

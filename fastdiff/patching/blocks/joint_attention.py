@@ -22,9 +22,16 @@ from torch import Tensor
 
 from fastdiff.ops import attention, qk_norm_rope
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import Block, drop, forward, once
+from fastdiff.patching.blocks import Block, drop, forward, halves, once, rejoined
 from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head, why_not_mode
-from fastdiff.patching.blocks.token_norms import NORM_SOURCES, is_rms, parameters_of, why_not_kinds, why_not_norms
+from fastdiff.patching.blocks.token_norms import (
+    NORM_SOURCES,
+    is_rms,
+    modulated,
+    parameters_of,
+    why_not_kinds,
+    why_not_norms,
+)
 
 #: cos, sin (or ``None``) and rope_start, as :func:`fastdiff.ops.qk_norm_rope` takes them.
 Tables = tuple[Tensor, Tensor | None, int]
@@ -79,6 +86,7 @@ class AttentionRow:
         joined: without projections of its own, the text goes through the image's, in one sequence with it.
         pair: the processor is for two streams only.
         cross_parallel: whether context parallelism applies to cross-attention.
+        rotates_context: whether the keys of cross-attention are rotated as its queries are.
         mask: (module, mask, image, text, other arguments) -> the mask for attention.
         accepts: names of further arguments that the processor takes; their values matter to ``mask`` only.
         refuse: module -> why the processor does something else with this one, or ``None``.
@@ -94,6 +102,7 @@ class AttentionRow:
     joined: bool = False
     pair: bool = False
     cross_parallel: bool = True
+    rotates_context: bool = True
     mask: Callable[..., Tensor | None] = plain_mask
     accepts: tuple[str, ...] = ()
     refuse: Callable[[Any], str | None] = lambda attn: None
@@ -149,7 +158,7 @@ def joint_attention(
     joined = text is not None and row.joined and not two_streams
     context = None if two_streams or joined else text
     if joined and text is not None:
-        image = torch.cat([text, image] if row.text_first else [image, text], dim=1)
+        image = rejoined(*((text, image) if row.text_first else (image, text)))
     query, key, value = _project(self, image, context)
     text_query = text_key = None
     if two_streams:
@@ -159,7 +168,11 @@ def joint_attention(
         tables: tuple[Any, ...] = (None, None, 0)
         if rope is not None:
             tables = row.tables(rope, self, hidden_states.shape[1], 0 if text is None else text.shape[1])
-        query, key = prepare(site, row, norms, query, key, text_query, text_key, *tables)
+        if rope is not None and context is not None and not row.rotates_context:
+            query, _ = prepare(site, row, norms, query, query[:, :, :0], None, None, *tables)
+            key = key if norms[1] is None else modulated(site, "norm of keys", norms[1], key)
+        else:
+            query, key = prepare(site, row, norms, query, key, text_query, text_key, *tables)
     parallel = context is None or row.cross_parallel
     out = attend(site, self.processor, query, key, value, mask, parallel=parallel).flatten(2)
     if joined or not two_streams:
@@ -167,7 +180,7 @@ def joint_attention(
     if text is None or context is not None:
         return out
     lengths = hidden_states.shape[1], text.shape[1]
-    first, second = out.split(lengths[::-1] if row.text_first else lengths, dim=1)
+    first, second = halves(out, lengths[1 if row.text_first else 0])
     image, text = (second, first) if row.text_first else (first, second)
     if joined:
         return image, text
@@ -220,7 +233,7 @@ def prepare(
     sin: Tensor | None,
     start: int,
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys, normalised, rotated and joined with the text's."""
+    """Queries and keys, normalised, rotated and joined with the text's. There may be no keys: with no heads."""
     norm_q, norm_k, norm_added_q, norm_added_k = norms
     eps, rms = None, True
     q_weight = k_weight = q_bias = k_bias = text_q_weight = text_k_weight = None

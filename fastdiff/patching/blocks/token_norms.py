@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastdiff.ops import adaln_modulate, gate_residual_adaln
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import has_hooks, has_own_forward, parameter, why_stock
+from fastdiff.patching.blocks import has_hooks, has_own_forward, why_stock
 
-#: Class -> whether it is an RMSNorm. A class of a family's own may be added by the family's file.
+#: Class -> whether it is an RMSNorm. A family's file may add a class of its own, with :func:`also_rms`.
 _IS_RMS: dict[type[nn.Module], bool] = {
     nn.LayerNorm: False,
     FP32LayerNorm: False,
@@ -27,6 +27,11 @@ NORM_SOURCES = tuple(
 )
 
 
+def also_rms(*classes: type[nn.Module]) -> None:
+    """Take modules of these classes for RMSNorms: with ``eps``, maybe ``weight``, and their input's dtype."""
+    _IS_RMS.update(dict.fromkeys(classes, True))
+
+
 def why_not_norms(x: Tensor, *norms: Any) -> str | None:
     """Why this call cannot do the work of ``norms``, those that are not ``None``, in a fused op, or ``None``."""
     reason = why_stock(x)
@@ -39,7 +44,7 @@ def why_not_norms(x: Tensor, *norms: Any) -> str | None:
             return f"a norm is a {type(norm).__name__}"
         if has_own_forward(norm) or has_hooks(norm):
             return "a norm has hooks"
-        weight = parameter(norm, "weight")
+        weight = _own(norm, "weight")
         if weight is None:
             continue
         if weight.device != x.device:
@@ -66,8 +71,12 @@ def is_rms(norm: Any) -> bool:
 def parameters_of(norm: Any, x: Tensor) -> tuple[Tensor | None, Tensor | None, float]:
     """Weight, bias and epsilon."""
     eps = norm.eps if norm.eps is not None else torch.finfo(x.dtype).eps
-    bias = parameter(norm, "bias") if "bias" in norm._parameters else getattr(norm, "bias", None)
-    return parameter(norm, "weight"), bias, eps
+    return _own(norm, "weight"), _own(norm, "bias"), eps
+
+
+def _own(norm: Any, name: str) -> Tensor | None:
+    parameters = norm._parameters  # a tenth of the time of a module's getattr
+    return parameters[name] if name in parameters else getattr(norm, name, None)
 
 
 def modulated(

@@ -58,10 +58,12 @@ def families() -> tuple[Family, ...]:
         dit,
         flux,
         flux2,
+        hunyuan_dit,
         hunyuan_video,
         latte,
         ltx,
         lumina2,
+        mochi,
         pixart,
         qwenimage,
         sana,
@@ -102,6 +104,9 @@ def families() -> tuple[Family, ...]:
         latte.LATTE,
         stable_audio.STABLE_AUDIO,
         cogview4.COGVIEW4,
+        hunyuan_dit.HUNYUAN_DIT,
+        hunyuan_dit.HUNYUAN_DIT_CONTROLNET,
+        mochi.MOCHI,
     )  # fmt: skip
 
 

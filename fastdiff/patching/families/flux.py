@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastdiff.patching.blocks import halves, rejoined
 from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_CONTINUOUS,
     ADA_LAYER_NORM_ZERO_SINGLE,
@@ -66,17 +67,21 @@ def single_block(
     """Replaces ``FluxSingleTransformerBlock.forward``."""
     site = self._fastdiff_site
     text = encoder_hidden_states.shape[1]
-    joint = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+    joint = rejoined(encoder_hidden_states, hidden_states)
     h, gate = self.norm(joint, emb=temb)
     mlp = activated(site, self.act_mlp, self.proj_mlp(h))
     out = self.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {})
     joint = clip_half(gated(site, "gate", self.proj_out(torch.cat([out, mlp], dim=2)), gate, joint))
-    return joint[:, :text], joint[:, text:]
+    return halves(joint, text)
 
 
 FLUX_ATTENTION = attention_block(
     f"{_FILE}:FluxAttention",
-    AttentionRow(processor=f"{_FILE}:FluxAttnProcessor", rope="image_rotary_emb"),
+    AttentionRow(
+        processor=f"{_FILE}:FluxAttnProcessor",
+        rope="image_rotary_emb",
+        accepts=("ip_hidden_states", "ip_adapter_masks"),  # for other blocks' processors: this one ignores them
+    ),
 )
 
 FLUX_BLOCKS = (

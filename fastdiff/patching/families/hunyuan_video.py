@@ -1,21 +1,23 @@
-"""``HunyuanVideoTransformer3DModel``: HunyuanVideo; blocks with token replacement (image to video) are left alone."""
+"""``HunyuanVideoTransformer3DModel``: HunyuanVideo, with and without token replacement (image to video)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastdiff.patching.blocks import activated_once, halves, rejoined
 from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_CONTINUOUS,
     ADA_LAYER_NORM_ZERO_SINGLE,
     GATES,
+    MODULATED,
     block_row,
     gated,
     gated_feed_forward,
     guarded,
-    left_row,
 )
 from fastdiff.patching.blocks.attention import ATTENTION
 from fastdiff.patching.blocks.feed_forward import GELU_TANH, activated
@@ -26,7 +28,6 @@ from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
 _FILE = "diffusers.models.transformers.transformer_hunyuan_video"
-_REPLACED = "its first frame has a modulation of its own"
 
 
 @guarded("norm2", "norm2_context")
@@ -70,20 +71,103 @@ def single_block(
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``HunyuanVideoSingleTransformerBlock.forward``."""
     site = self._fastdiff_site
-    lengths = hidden_states.shape[1], encoder_hidden_states.shape[1]
-    joint = torch.cat([hidden_states, encoder_hidden_states], dim=1)
+    joint = rejoined(hidden_states, encoder_hidden_states)
     h, gate = self.norm(joint, emb=temb)
-    mlp = activated(site, self.act_mlp, self.proj_mlp(h))
-    image, text = h.split(lengths, dim=1)
-    out, text_out = self.attn(
-        hidden_states=image,
-        encoder_hidden_states=text,
-        attention_mask=attention_mask,
-        image_rotary_emb=image_rotary_emb,
+    h = _attention_beside_feed_forward(self, h, hidden_states.shape[1], attention_mask, image_rotary_emb)
+    return halves(gated(site, "gate", h, gate, joint), hidden_states.shape[1])
+
+
+def _attention_beside_feed_forward(block: Any, h: Tensor, image: int, mask: Any, rotary: Any) -> Tensor:
+    """What a single block adds to its input, before the gate; the first ``image`` tokens are the image's."""
+    mlp = activated(block._fastdiff_site, block.act_mlp, block.proj_mlp(h))
+    tokens, text = halves(h, image)
+    out = rejoined(
+        *block.attn(hidden_states=tokens, encoder_hidden_states=text, attention_mask=mask, image_rotary_emb=rotary)
     )
-    h = self.proj_out(torch.cat([torch.cat([out, text_out], dim=1), mlp], dim=2))
-    image, text = gated(site, "gate", h, gate, joint).split(lengths, dim=1)
-    return image, text
+    return block.proj_out(torch.cat([out, mlp], dim=2))
+
+
+@guarded("norm")
+def replaced_norm(
+    self: Any, hidden_states: Tensor, emb: Tensor, token_replace_emb: Tensor, first_frame_num_tokens: int
+) -> tuple[Tensor, ...]:
+    """Replaces the forward of ``HunyuanVideoTokenReplaceAdaLayerNormZero`` and of the one for single blocks.
+
+    The first frame's tokens are known, and have a modulation of their own.
+    """
+    site = self._fastdiff_site
+    parts, others = [], []
+    for name, x, e in _frames(first_frame_num_tokens, hidden_states, (token_replace_emb, emb)):
+        modulation = self.linear(activated_once(self.silu, e))
+        shift, scale, *other = modulation.chunk(modulation.shape[-1] // x.shape[-1], dim=1)
+        parts.append(modulated(site, f"norm of {name}", self.norm, x, scale, shift))
+        others.append(other)
+    return torch.cat(parts, dim=1), *others[1], *others[0]
+
+
+def _frames(first: int, x: Tensor, *pairs: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
+    """Of the first frame and then of the rest: its name, its tokens of x, and its part of every pair."""
+    names = "the first frame", "the rest"
+    return zip(names, (x[:, :first], x[:, first:]), *pairs, strict=True)
+
+
+@guarded("norm2", "norm2_context")
+def replaced_double_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    freqs_cis: tuple[Tensor, Tensor] | None = None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Replaces ``HunyuanVideoTokenReplaceTransformerBlock.forward``."""
+    site = self._fastdiff_site
+    hidden_states = hidden_states.contiguous()  # the first block gets a transposed view of the patch embedding
+    h, *modulations = self.norm1(hidden_states, temb, token_replace_emb, num_tokens)
+    text, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
+    out, text_out = self.attn(
+        hidden_states=h, encoder_hidden_states=text, attention_mask=attention_mask, image_rotary_emb=freqs_cis
+    )
+    by_frame = modulations[4:], modulations[:4]
+    residuals, normed, parts = [], [], []
+    outs = out[:, :num_tokens], out[:, num_tokens:]
+    for name, x, branch, (gate, shift, scale, _) in _frames(num_tokens, hidden_states, outs, by_frame):
+        x, h = gated_then_modulated(site, f"norm of {name}", branch, gate, x, self.norm2, scale, shift)
+        residuals.append(x)
+        normed.append(h)
+    h = self.ff(torch.cat(normed, dim=1))
+    for name, x, residual, (*_, gate) in _frames(num_tokens, h, tuple(residuals), by_frame):
+        parts.append(gated(site, f"gate of {name}", x, gate, residual))
+    return torch.cat(parts, dim=1), gated_feed_forward(
+        site, "text", encoder_hidden_states, text_out, text_gate, self.norm2_context, text_scale, text_shift,
+        self.ff_context, text_gate_mlp,
+    )  # fmt: skip
+
+
+@guarded()
+def replaced_single_block(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None = None,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """Replaces ``HunyuanVideoTokenReplaceSingleTransformerBlock.forward``."""
+    site, image = self._fastdiff_site, hidden_states.shape[1]
+    joint = rejoined(hidden_states, encoder_hidden_states)
+    h, gate, first_gate = self.norm(joint, temb, token_replace_emb, num_tokens)
+    h = _attention_beside_feed_forward(self, h, image, attention_mask, image_rotary_emb)
+    residuals = joint[:, :num_tokens], joint[:, num_tokens:]
+    parts = [
+        gated(site, f"gate of {name}", x, g, residual)
+        for name, x, residual, g in _frames(num_tokens, h, residuals, (first_gate, gate))
+    ]
+    return halves(torch.cat(parts, dim=1), image)
 
 
 @guarded("norm1", "norm2")
@@ -121,8 +205,12 @@ HUNYUAN_VIDEO = Family(
         block_row(f"{_FILE}:HunyuanVideoTransformerBlock", GATES, double_block),
         block_row(f"{_FILE}:HunyuanVideoSingleTransformerBlock", "GELU; gate + residual", single_block),
         block_row(f"{_FILE}:HunyuanVideoIndividualTokenRefinerBlock", GATES, refiner_block),
-        left_row(f"{_FILE}:HunyuanVideoTokenReplaceTransformerBlock", GATES, _REPLACED),
-        left_row(f"{_FILE}:HunyuanVideoTokenReplaceSingleTransformerBlock", GATES, _REPLACED),
+        block_row(f"{_FILE}:HunyuanVideoTokenReplaceTransformerBlock", GATES, replaced_double_block),
+        block_row(
+            f"{_FILE}:HunyuanVideoTokenReplaceSingleTransformerBlock", "GELU; gate + residual", replaced_single_block
+        ),
+        block_row(f"{_FILE}:HunyuanVideoTokenReplaceAdaLayerNormZero", MODULATED, replaced_norm),
+        block_row(f"{_FILE}:HunyuanVideoTokenReplaceAdaLayerNormZeroSingle", MODULATED, replaced_norm),
         attention_block(
             LEGACY,
             AttentionRow(

@@ -59,6 +59,16 @@ def joint_block(
     ), h  # fmt: skip
 
 
+@guarded("norm2")
+def single_block(self: Any, hidden_states: Tensor, temb: Tensor) -> Tensor:
+    """Replaces ``SD3SingleTransformerBlock.forward``, of ControlNets without text."""
+    h, gate, shift, scale, gate_mlp = self.norm1(hidden_states, emb=temb)
+    out = self.attn(hidden_states=h, encoder_hidden_states=None)
+    return gated_feed_forward(
+        self._fastdiff_site, "image", hidden_states.contiguous(), out, gate, self.norm2, scale, shift, self.ff, gate_mlp
+    )
+
+
 SD3_ATTENTION = attention_block(
     LEGACY,
     AttentionRow(
@@ -70,6 +80,7 @@ SD3_ATTENTION = attention_block(
 )
 SD3_BLOCKS = (
     block_row("diffusers.models.attention:JointTransformerBlock", GATES, joint_block),
+    block_row("diffusers.models.transformers.transformer_sd3:SD3SingleTransformerBlock", GATES, single_block),
     SD3_ATTENTION,
     ADA_LAYER_NORM_ZERO,
     SD35_ADA_LAYER_NORM_ZERO_X,
@@ -91,11 +102,20 @@ def example(model: Any) -> dict[str, Any]:
 
 
 def controlnet_example(model: Any) -> dict[str, Any]:
-    """The same with a control image."""
-    found = example(model)
-    size = found["hidden_states"].shape[-1]
-    channels = model.config.in_channels + model.config.extra_conditioning_channels
-    return found | {"controlnet_cond": Inputs(model).noise(2, channels, size, size)}
+    """The same with a control image; some take tokens, and some no text."""
+    config, inputs = model.config, Inputs(model)
+    size = 6 * config.patch_size
+    found = {
+        "hidden_states": inputs.noise(2, config.in_channels, size, size),
+        "controlnet_cond": inputs.noise(2, config.in_channels + config.extra_conditioning_channels, size, size),
+        "pooled_projections": inputs.noise(2, config.pooled_projection_dim),
+        "timestep": inputs.timestep(500, batch=2),
+    }
+    if not config.use_pos_embed:
+        found["hidden_states"] = inputs.noise(2, 36, model.inner_dim)
+    if config.joint_attention_dim is not None:
+        found["encoder_hidden_states"] = inputs.noise(2, 7, config.joint_attention_dim)
+    return found
 
 
 SD3 = Family(
