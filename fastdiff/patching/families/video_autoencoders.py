@@ -149,15 +149,15 @@ _PARTS = ("encoder", "decoder")
 #: Class -> inputs, and the modules that a pipeline calls. Encoders and decoders that get their caches as lists, which
 #: they change, cannot be called twice with the same; of these VAEs only the whole can be.
 _CLASSES = {
-    f"{_FILES}kl_wan:AutoencoderKLWan": (noise(5, 32, 32), ("",)),
-    f"{_FILES}kl_qwenimage:AutoencoderKLQwenImage": (noise(1, 32, 32), ("",)),
-    f"{_FILES}kl_hunyuan_video:AutoencoderKLHunyuanVideo": (noise(5, 32, 32), _PARTS),
-    f"{_FILES}kl_hunyuanvideo15:AutoencoderKLHunyuanVideo15": (noise(5, 32, 32), _PARTS),
+    f"{_FILES}kl_wan:AutoencoderKLWan": (noise(5, 16, 16), ("",)),
+    f"{_FILES}kl_qwenimage:AutoencoderKLQwenImage": (noise(1, 16, 16), ("",)),
+    f"{_FILES}kl_hunyuan_video:AutoencoderKLHunyuanVideo": (noise(5, 16, 16), _PARTS),
+    f"{_FILES}kl_hunyuanvideo15:AutoencoderKLHunyuanVideo15": (noise(5, 16, 16), _PARTS),
     f"{_FILES}kl_hunyuanimage:AutoencoderKLHunyuanImage": (noise(64, 64), _PARTS),
-    f"{_FILES}kl_hunyuanimage_refiner:AutoencoderKLHunyuanImageRefiner": (noise(5, 32, 32), _PARTS),
-    f"{_FILES}kl_cogvideox:AutoencoderKLCogVideoX": (noise(9, 32, 32), _PARTS),
-    f"{_FILES}kl_mochi:AutoencoderKLMochi": (noise(7, 32, 32), _PARTS),
-    f"{_FILES}kl_ltx:AutoencoderKLLTXVideo": (noise(9, 64, 64), _PARTS),
+    f"{_FILES}kl_hunyuanimage_refiner:AutoencoderKLHunyuanImageRefiner": (noise(5, 16, 16), _PARTS),
+    f"{_FILES}kl_cogvideox:AutoencoderKLCogVideoX": (noise(9, 16, 16), _PARTS),
+    f"{_FILES}kl_mochi:AutoencoderKLMochi": (noise(7, 16, 16), _PARTS),
+    f"{_FILES}kl_ltx:AutoencoderKLLTXVideo": (noise(9, 32, 32), _PARTS),
     f"{_FILES}dc:AutoencoderDC": (noise(64, 64), _PARTS),
 }
 FAMILIES = tuple(Family(cls, BLOCKS, example, forwards=parts) for cls, (example, parts) in _CLASSES.items())
