@@ -78,6 +78,8 @@ def check_per_channel(
     if not 2 <= dim <= 5:
         raise ValueError(f"{op}: x has {dim} dimensions; expected (B, C, *spatial) with 2 to 5")
     batch, channels = x.shape[:2]
+    if channels == 0:
+        raise ValueError(f"{op}: x has no channels")
     for name, parameter in parameters.items():
         if parameter is not None and parameter.shape != (channels,):
             raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected ({channels},)")
@@ -119,7 +121,7 @@ def _check(
         "group_norm_silu", x, {"weight": weight, "bias": bias}, {"temb": temb, "scale": scale, "shift": shift}
     )
     channels = x.shape[1]
-    if num_groups < 1 or channels == 0 or channels % num_groups:
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")
 
 
