@@ -151,7 +151,7 @@ _PARTS = ("encoder", "decoder")
 _CLASSES = {
     f"{_FILES}kl_wan:AutoencoderKLWan": (noise(5, 16, 16), ("",)),
     f"{_FILES}kl_qwenimage:AutoencoderKLQwenImage": (noise(1, 16, 16), ("",)),
-    f"{_FILES}kl_hunyuan_video:AutoencoderKLHunyuanVideo": (noise(5, 16, 16), _PARTS),
+    f"{_FILES}kl_hunyuan_video:AutoencoderKLHunyuanVideo": (noise(5, 32, 32), _PARTS),
     f"{_FILES}kl_hunyuanvideo15:AutoencoderKLHunyuanVideo15": (noise(5, 16, 16), _PARTS),
     f"{_FILES}kl_hunyuanimage:AutoencoderKLHunyuanImage": (noise(64, 64), _PARTS),
     f"{_FILES}kl_hunyuanimage_refiner:AutoencoderKLHunyuanImageRefiner": (noise(5, 16, 16), _PARTS),
