@@ -9,10 +9,12 @@ import pytest
 import torch
 from diffusers import AutoencoderTiny, ConsistencyDecoderVAE, T2IAdapter
 from models import output, randomized, vae
-from torch import Tensor, nn
+from torch import Tensor
 from zoo import ZOO
 
 import fastdiff
+from fastdiff._launches import count_launches
+from fastdiff.ops._library import OPS
 
 
 def _tiled() -> Any:
@@ -71,9 +73,9 @@ _VIDEOS = {
     "Wan 2.2": ((5, 32, 16), _tiles(16)),
     "Qwen-Image": ((1, 24, 16), _tiles(16)),
     "HunyuanVideo": ((13, 40, 32), _tiles(32, 8)),
-    "CogVideoX": ((17, 32, 16), {"tile_sample_min_height": 16, "tile_sample_min_width": 16,
-                                 "tile_latent_min_height": 2, "tile_latent_min_width": 2}),
-    "Mochi": ((13, 24, 16), _tiles(16) | {"use_framewise_decoding": True}),
+    "CogVideoX": ((17, 48, 48), {"tile_sample_min_height": 32, "tile_sample_min_width": 32,
+                                 "tile_latent_min_height": 4, "tile_latent_min_width": 4}),
+    "Mochi": ((13, 48, 48), _tiles(32) | {"use_framewise_decoding": True}),
     "LTX 0.9": ((17, 96, 64), _tiles(64, 16) | {"use_framewise_encoding": True, "use_framewise_decoding": True}),
     "Sana (DC-AE)": ((24, 16), _tiles(16) | {"tile_latent_min_height": 8, "tile_latent_min_width": 8}),
 }  # fmt: skip
@@ -91,11 +93,8 @@ def test_video_tiles_chunks_and_slices(name: str) -> None:
         setattr(model, key, value)
     exact = copy.deepcopy(model).double()
     clips = [torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(s)) for s in range(3)]
-    try:
-        reference = torch.stack([output(exact, {"sample": x.double()}) for x in clips])
-    except RuntimeError as error:
-        pytest.skip(f"the stock model of this Diffusers does not run in fp64: {error}")
     eager = torch.stack([output(model, {"sample": x}) for x in clips]).double()
+    reference = torch.stack([output(exact, {"sample": x.double()}) for x in clips])
     calls: list[int] = []
     model.decoder.conv_in.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
     fastdiff.patch(model)
@@ -154,8 +153,7 @@ def test_one_norm_of_two() -> None:
 @pytest.mark.parametrize("name", ["Wan 2.1", "HunyuanVideo"])
 def test_compiled_decoder_is_one_graph(name: str) -> None:
     model = _video(name)
-    channels = model.decoder.conv_in.weight.shape[1] if isinstance(model.decoder.conv_in, nn.Conv3d) else 0
-    z = torch.randn(1, channels or model.config.latent_channels, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    z = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         eager = model.decoder(z)
         fastdiff.patch(model)
@@ -167,8 +165,8 @@ def test_compiled_decoder_is_one_graph(name: str) -> None:
 
         torch._dynamo.reset()
         ours = torch.compile(model.decoder, fullgraph=True, backend=watching)(z)
-    norms = sum("fastdiff." in target for target in seen)
-    assert norms == sum("decoder" in row.path for row in fastdiff.report(model).rows)
+    fused = count_launches(lambda: model.decoder(z))
+    assert sum("fastdiff." in target for target in seen) == sum(fused[op] for op in OPS) > 10
     assert (ours - eager).norm() <= 1e-4 * eager.norm()
 
 

@@ -1,7 +1,9 @@
-"""The VAEs of the transformers: tiny configurations, published ones, and what patching does to them; rows of ``zoo``."""
+"""The VAEs of the transformers: tiny and published configurations, what patching does to them; rows of ``zoo``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -15,7 +17,7 @@ class Vae(NamedTuple):
     tiny: dict[str, Any]
     public: dict[str, Any]
     source: str
-    left: dict[str, str] = {}
+    left: Mapping[str, str] = MappingProxyType({})
     least: float = 1.0
 
 
@@ -69,8 +71,9 @@ VAES = (
     Vae("HunyuanImage 2.1", "AutoencoderKLHunyuanImage", {"GroupNorm": 24}, 0.16,
         {"in_channels": 3, "out_channels": 3, "latent_channels": 8, "block_out_channels": (32, 64), "sample_size": 64,
          "layers_per_block": 1, "spatial_compression_ratio": 2},
-        {"in_channels": 3, "out_channels": 3, "latent_channels": 64, "block_out_channels": (128, 256, 512, 512, 1024, 1024),
-         "layers_per_block": 2, "spatial_compression_ratio": 32, "sample_size": 384, "scaling_factor": 0.75289},
+        {"in_channels": 3, "out_channels": 3, "latent_channels": 64,
+         "block_out_channels": (128, 256, 512, 512, 1024, 1024), "layers_per_block": 2,
+         "spatial_compression_ratio": 32, "sample_size": 384, "scaling_factor": 0.75289},
          "hunyuanvideo-community/HunyuanImage-2.1"),
     Vae("HunyuanImage 2.1 refiner", "AutoencoderKLHunyuanImageRefiner", {"HunyuanImageRefinerRMS_norm": 30}, 0.5,
         {"latent_channels": 4, "block_out_channels": (8, 16, 16), "layers_per_block": 1,
