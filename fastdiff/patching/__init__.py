@@ -257,7 +257,8 @@ def _patch_model(patch: Patch, family: Family) -> None:
     version = why_not_version()
     covered: set[Any] = set()  # modules whose work the block that they belong to does
     known: set[Any] = set()  # modules with a row of their own, or of the block they belong to
-    for path, module in patch.root.named_modules():
+    paths = {module: path for path, module in patch.root.named_modules()}
+    for module, path in paths.items():
         refused: dict[Any, tuple[str, Any, str, str]] = {}
         taken: set[Any] = set()
         for block in family.blocks:
@@ -267,7 +268,7 @@ def _patch_model(patch: Patch, family: Family) -> None:
             owner = block.owner(module)
             if owner in taken:
                 continue
-            owner_path = next(p for p, m in patch.root.named_modules() if m is owner) if owner is not module else path
+            owner_path = path if owner is module else paths[owner]
             inside = [
                 inner for name in block.covers
                 for inner in getattr(functools.reduce(getattr, name.split("."), module), "modules", list)()
