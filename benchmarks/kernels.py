@@ -73,6 +73,22 @@ def _group_norm(shape: tuple[int, ...], channels_last: bool, targets: tuple[floa
     return Case(name, make, eager, ours, _targets(targets), big=big, tuned_targets=tuned)
 
 
+def _rms_norm(shape: tuple[int, ...]) -> Case:
+    """The norm of Wan's VAE, on frames of 480 x 832 and their halves."""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        return torch.randn(shape).to(dtype), (torch.randn(shape[1]) * 0.1 + 1).to(dtype)
+
+    def eager(x: Tensor, gamma: Tensor) -> Tensor:
+        normalized = F.normalize(x.float() if x.dtype != torch.float64 else x, dim=1).to(x.dtype)
+        return F.silu(normalized * shape[1] ** 0.5 * gamma.view(-1, 1, 1, 1))
+
+    def ours(x: Tensor, gamma: Tensor) -> Tensor:
+        return ops.rms_norm_silu(x, gamma, None, 1e-12, clamp=True)
+
+    return Case(f"RMSNorm over channels + SiLU {list(shape)}", make, eager, ours, {}, big=True)
+
+
 def _modulate(shape: tuple[int, int, int], targets: tuple[float, float]) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         b, _, d = shape
@@ -114,6 +130,8 @@ def cases() -> Iterator[Case]:
     for nhwc in (False, True):
         yield _group_norm((1, 128, 512, 512), nhwc, (2.0, 2.0))
     yield _group_norm((2, 640, 32, 32), False, (2.0, 2.5), temb=True)
+    yield _rms_norm((1, 96, 4, 240, 416))
+    yield _rms_norm((1, 384, 2, 120, 208))
     yield _modulate((2, 1024, 1152), (4.0, 3.0))
     yield _modulate((1, 4096, 1536), (4.0, 3.0))
 

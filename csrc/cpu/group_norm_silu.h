@@ -1,15 +1,8 @@
 #pragma once
 
-#include "isa.h"
+#include "channels.h"
 
 namespace fastdiff::cpu {
-
-// One value per channel, or per sample and channel.
-struct ChannelValues {
-  const void* data = nullptr;  // null: absent
-  DType dtype = DType::f32;
-  int64_t batch_stride = 0, channel_stride = 1;  // in elements
-};
 
 // Layouts of a (batch, channels, spatial) tensor: channel-major is (B, C, S) in memory, pixel-major (B, S, C).
 struct GroupNormSiluArgs {

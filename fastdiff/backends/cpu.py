@@ -95,6 +95,12 @@ def _group_norm_silu(x: Tensor, num_groups: int, weight: Tensor | None = None, b
     return _reason(x, weight, bias, temb, scale, shift)
 
 
+def _rms_norm_silu(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6, *,
+                   scale: Tensor | None = None, shift: Tensor | None = None, clamp: bool = False,
+                   silu: bool = True) -> str | None:
+    return _reason(x, weight, bias, scale, shift)
+
+
 def _strided(t: Tensor) -> list[tuple[int, int]]:
     """Sizes and strides of a tensor's axes, merged where that is possible, without those of size 1."""
     axes: list[tuple[int, int]] = []
@@ -245,6 +251,7 @@ REFUSE: dict[str, Refuse] = {
     "group_norm_silu": _group_norm_silu,
     "group_norm_silu_backward": _group_norm_silu_backward,
     "qk_norm_rope": _qk_norm_rope,
+    "rms_norm_silu": _rms_norm_silu,
     "scheduler_step": _scheduler_step,
     "swiglu": _swiglu,
 }

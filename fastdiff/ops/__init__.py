@@ -13,6 +13,7 @@ from fastdiff.ops.geglu import geglu
 from fastdiff.ops.gelu_tanh import gelu_tanh
 from fastdiff.ops.group_norm_silu import group_norm_silu
 from fastdiff.ops.qk_norm_rope import qk_norm_rope
+from fastdiff.ops.rms_norm_silu import rms_norm_silu
 from fastdiff.ops.scheduler_step import scheduler_step
 from fastdiff.ops.swiglu import swiglu
 
@@ -26,6 +27,7 @@ __all__ = [
     "gelu_tanh",
     "group_norm_silu",
     "qk_norm_rope",
+    "rms_norm_silu",
     "scheduler_step",
     "swiglu",
 ]

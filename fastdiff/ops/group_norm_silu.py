@@ -49,7 +49,7 @@ def group_norm_silu(
     Raises:
         ValueError: if shapes do not fit.
     """
-    h = x if temb is None else x + _per_channel(temb, x)
+    h = x if temb is None else x + per_channel(temb, x)
     dtype = h.dtype
     for parameter in (weight, bias):
         if parameter is not None:
@@ -57,15 +57,41 @@ def group_norm_silu(
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     y = torch.group_norm(h.to(dtype), num_groups, weight, bias, eps)
     if scale is not None:
-        y = y * (1 + _per_channel(scale, x))
+        y = y * (1 + per_channel(scale, x))
     if shift is not None:
-        y = y + _per_channel(shift, x)
+        y = y + per_channel(shift, x)
     if silu:
         y = F.silu(y)
     y = y.to(x.dtype)
     if tokens:
         return _as_tokens(y).contiguous()
-    return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else y.contiguous()
+    return in_layout_of(x, y)
+
+
+def check_per_channel(
+    op: str, x: Tensor, parameters: dict[str, Tensor | None], modulations: dict[str, Tensor | None]
+) -> None:
+    """Raise ``ValueError`` unless x is (B, C, *spatial), parameters are (C,) and modulations (B, C, 1, ..., 1)."""
+    dim = x.dim()
+    if not x.is_floating_point():
+        raise ValueError(f"{op}: x is {str(x.dtype)[6:]}, expected floating point")
+    if not 2 <= dim <= 5:
+        raise ValueError(f"{op}: x has {dim} dimensions; expected (B, C, *spatial) with 2 to 5")
+    batch, channels = x.shape[:2]
+    if channels == 0:
+        raise ValueError(f"{op}: x has no channels")
+    for name, parameter in parameters.items():
+        if parameter is not None and parameter.shape != (channels,):
+            raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected ({channels},)")
+    for name, modulation in modulations.items():
+        if modulation is None:
+            continue
+        shape = modulation.shape
+        if shape != (batch, channels) and shape != (batch, channels, *(1,) * (dim - 2)):
+            raise ValueError(
+                f"{op}: {name} has shape {tuple(shape)}; expected ({batch}, {channels}) or the same "
+                f"followed by ones, for x of shape {tuple(x.shape)}"
+            )
 
 
 @group_norm_silu.fake
@@ -91,26 +117,12 @@ def _check(
     silu: bool = True,
     tokens: bool = False,
 ) -> None:
-    dim = x.dim()
-    if not x.is_floating_point():
-        raise ValueError(f"group_norm_silu: x is {str(x.dtype)[6:]}, expected floating point")
-    if not 2 <= dim <= 5:
-        raise ValueError(f"group_norm_silu: x has {dim} dimensions; expected (B, C, *spatial) with 2 to 5")
-    batch, channels = x.shape[:2]
-    if num_groups < 1 or channels == 0 or channels % num_groups:
+    check_per_channel(
+        "group_norm_silu", x, {"weight": weight, "bias": bias}, {"temb": temb, "scale": scale, "shift": shift}
+    )
+    channels = x.shape[1]
+    if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (channels,):
-            raise ValueError(f"group_norm_silu: {name} has shape {tuple(parameter.shape)}; expected ({channels},)")
-    for name, modulation in (("temb", temb), ("scale", scale), ("shift", shift)):
-        if modulation is None:
-            continue
-        shape = modulation.shape
-        if shape != (batch, channels) and shape != (batch, channels, *(1,) * (dim - 2)):
-            raise ValueError(
-                f"group_norm_silu: {name} has shape {tuple(shape)}; expected ({batch}, {channels}) or the same "
-                f"followed by ones, for x of shape {tuple(x.shape)}"
-            )
 
 
 @group_norm_silu.backward("x", "weight", "bias", "temb", "scale", "shift")
@@ -165,7 +177,13 @@ def is_channels_last(x: Tensor) -> bool:
     return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-def _per_channel(t: Tensor, x: Tensor) -> Tensor:
+def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
+    """y with channels last if x has them there, else contiguous."""
+    return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else y.contiguous()
+
+
+def per_channel(t: Tensor, x: Tensor) -> Tensor:
+    """``t`` (B, C) or (B, C, 1, ..., 1) as a view that broadcasts to x."""
     return t.reshape(*t.shape[:2], *(1,) * (x.dim() - 2))
 
 

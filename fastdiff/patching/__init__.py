@@ -262,32 +262,39 @@ def _patch_one(
 
 
 def _patch_model(patch: Patch, family: Family) -> None:
-    """Install the family's blocks wherever their classes occur; of several for a module, the first that takes it."""
+    """Install the family's blocks wherever their classes occur; of several for an owner, the first that takes it."""
     version = why_not_version()
     covered: set[Any] = set()  # modules whose work the block that they belong to does
     known: set[Any] = set()  # modules with a row of their own, or of the block they belong to
-    for path, module in patch.root.named_modules():
-        refused: list[tuple[str, Any, str, str]] = []
+    paths = {module: path for path, module in patch.root.named_modules()}
+    for module, path in paths.items():
+        refused: dict[Any, tuple[str, Any, str, str]] = {}
+        taken: set[Any] = set()
         for block in family.blocks:
             cls = base(type(module), block.cls)
             if cls is None or module in covered or not block.applies(module):
                 continue
             owner = block.owner(module)
-            owner_path = next(p for p, m in patch.root.named_modules() if m is owner) if owner is not module else path
-            inside = [functools.reduce(getattr, name.split("."), module) for name in block.covers]
+            if owner in taken:
+                continue
+            owner_path = path if owner is module else paths[owner]
+            inside = [
+                inner for name in block.covers
+                for inner in getattr(functools.reduce(getattr, name.split("."), module), "modules", list)()
+            ]  # fmt: skip
             known.update([owner, *inside])
             reason = version or _why_changed(module, cls, block) or block.refuse(module)
             if reason is not None:
-                refused.append((owner_path, owner, block.describe(module), reason))
+                refused.setdefault(owner, (owner_path, owner, block.describe(module), reason))
                 continue
             covered.update(inside)
+            taken.add(owner)
             patch.install(
                 owner_path, owner, block.describe(module), *block.methods(module),
                 state=block.state(module), reference=block.reference,
             )  # fmt: skip
-            break
-        else:
-            for left in refused[:1]:
+        for owner, left in refused.items():
+            if owner not in taken:
                 patch.leave(*left)
     for path, module in patch.root.named_modules():
         if isinstance(module, nn.GroupNorm) and module not in known:

@@ -69,14 +69,146 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.attention_processor:MochiAttnProcessor2_0.__call__": {
         "97865caddd873e13": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:SanaMultiscaleLinearAttention.forward": {
+        "ac6b237940cc95b0": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:SpatialNorm.forward": {
         "614b1925ea63f134": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.attention_processor:StableAudioAttnProcessor2_0.__call__": {
         "ca836df658960a2e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.autoencoders.autoencoder_dc:Decoder.forward": {
+        "77cab4219872bd0a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_dc:ResBlock.forward": {
+        "ec78c71b5fe9afc7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox:CogVideoXDecoder3D.forward": {
+        "dec0c501a7648b68": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox:CogVideoXEncoder3D.forward": {
+        "6b466adc73034dd1": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox:CogVideoXResnetBlock3D.forward": {
+        "9a67d4373e37782e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_cogvideox:CogVideoXSpatialNorm3D.forward": {
+        "4569ad86a97a65b6": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video:HunyuanVideoDecoder3D.forward": {
+        "798788aec3b054a7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video:HunyuanVideoEncoder3D.forward": {
+        "ad072b13c641b717": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuan_video:HunyuanVideoResnetBlockCausal3D.forward": {
+        "539d90c749600658": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage:HunyuanImageAttentionBlock.forward": {
+        "b4567c7b0cf3919e": "0.38.0 0.39.0 0.40.0",
+        "11fb9619646263ae": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage:HunyuanImageDecoder2D.forward": {
+        "b6557094344d8a91": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage:HunyuanImageEncoder2D.forward": {
+        "235c30450b147d74": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage:HunyuanImageResnetBlock.forward": {
+        "a1e9a1267868d2f8": "0.38.0 0.39.0 0.40.0",
+        "2a1e1dc2f3286622": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner:HunyuanImageRefinerDecoder3D.forward": {
+        "ddbb2b0006bb2cf8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner:HunyuanImageRefinerEncoder3D.forward": {
+        "4313f1a56c54c6ec": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner:HunyuanImageRefinerRMS_norm.forward": {
+        "97ce19a89fbfa4c7": "0.38.0 0.39.0 0.40.0",
+        "8a47e806d3ba6b1b": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanimage_refiner:HunyuanImageRefinerResnetBlock.forward": {
+        "6b843a854ea0dbd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15:HunyuanVideo15Decoder3D.forward": {
+        "ddbb2b0006bb2cf8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15:HunyuanVideo15Encoder3D.forward": {
+        "66bde065e45867b3": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15:HunyuanVideo15RMS_norm.forward": {
+        "97ce19a89fbfa4c7": "0.38.0 0.39.0 0.40.0",
+        "8a47e806d3ba6b1b": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15:HunyuanVideo15ResnetBlock.forward": {
+        "6b843a854ea0dbd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_ltx:LTXVideoDecoder3d.forward": {
+        "8ffac93765179e3f": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_ltx:LTXVideoEncoder3d.forward": {
+        "fbba97ea138f6958": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_ltx:LTXVideoResnetBlock3d.forward": {
+        "2a4fba66b8935529": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_mochi:MochiChunkedGroupNorm3D.forward": {
+        "483a2df088fd6bad": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_mochi:MochiEncoder3D.forward": {
+        "dfe5cc2716f5a788": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_mochi:MochiResnetBlock3D.forward": {
+        "df65e7d69b3da5b5": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage21:QwenImage21Decoder3d.forward": {
+        "d2e3e7a156c565b8": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage21:QwenImage21Encoder3d.forward": {
+        "4e7f17eb5dbdcb93": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage21:QwenImage21RMS_norm.forward": {
+        "8a47e806d3ba6b1b": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage21:QwenImage21ResidualBlock.forward": {
+        "ca2367fdafa758c5": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage:QwenImageDecoder3d.forward": {
+        "63e8f2032499d0f1": "0.38.0 0.39.0 0.40.0",
+        "a630fd3fcc231c3d": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage:QwenImageEncoder3d.forward": {
+        "03eefd608766b13c": "0.38.0 0.39.0 0.40.0",
+        "1e04744fa9e99b47": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage:QwenImageRMS_norm.forward": {
+        "97ce19a89fbfa4c7": "0.38.0 0.39.0 0.40.0",
+        "8a47e806d3ba6b1b": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_qwenimage:QwenImageResidualBlock.forward": {
+        "bd7fcfc995f5fd33": "0.38.0 0.39.0 0.40.0",
+        "8700c3c8e9c024e2": "0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.autoencoders.autoencoder_kl_temporal_decoder:TemporalDecoder.forward": {
         "e4a6f6caf4ea3152": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_wan:WanDecoder3d.forward": {
+        "58d6e63a9cc703ab": "0.38.0 0.39.0 0.40.0",
+        "6830e4bdaf1c5827": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_wan:WanEncoder3d.forward": {
+        "2f2608492f24942a": "0.38.0 0.39.0 0.40.0",
+        "433a74d514c7be3f": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_wan:WanRMS_norm.forward": {
+        "97ce19a89fbfa4c7": "0.38.0 0.39.0 0.40.0",
+        "8a47e806d3ba6b1b": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_wan:WanResidualBlock.forward": {
+        "8be8d50421b0ccc6": "0.38.0 0.39.0 0.40.0",
+        "d0ac48d09be45d6c": "0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.autoencoders.vae:Decoder.forward": {
         "9c7b35295019d0fe": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from fastdiff.patching._graphs import ModelGraphs, graphed_forward, why_no_denoiser
-from fastdiff.patching._site import Replacement, Site
+from fastdiff.patching._site import Replacement, Site, site_of
 
 #: Name, in the ``__dict__`` of a patched model or scheduler, of its :class:`Patch`.
 PATCH = "_fastdiff_patch"
@@ -184,7 +184,7 @@ class Patch:
             layout: keep it in ``layouts``.
             kernel: see :attr:`Site.kernel`.
         """
-        replacements = [Replacement(*r) for r in replaced]
+        replacements = [_replacement(*r) for r in replaced]
         site = Site(
             owner, path, what, replacements, self.options.backend, state=state, reference=reference, kernel=kernel
         )  # fmt: skip
@@ -271,6 +271,13 @@ class Patch:
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Claims copied or unpickled with their pipeline live on in it, all others end here.
         vars(self).update(state, claims=weakref.WeakKeyDictionary(state["claims"]))
+
+
+def _replacement(owner: Any, name: str, function: Callable[..., Any]) -> Replacement:
+    """A new one, or that of the site which has it already: an activation may follow several norms."""
+    new, other = Replacement(owner, name, function), site_of(owner)
+    same = (r for r in (other.replacements if other is not None else ()) if r.owner is owner and r.new == new.new)
+    return next(same, new)
 
 
 def patch_of(root: Any) -> Patch | None:

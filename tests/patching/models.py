@@ -115,7 +115,7 @@ def randomized(model: nn.Module) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:
+            if parameter.dim() < 2:
                 parameter.copy_((1.0 if name.endswith("weight") else 0.0) + 0.3 * noise)
             elif parameter.numel():
                 parameter.copy_(noise / parameter[0].numel() ** 0.5)

@@ -83,15 +83,18 @@ def test_sites(case: Case) -> None:
 def test_unpatch_is_exact(case: Case) -> None:
     model = case.build()
     inputs = case.inputs(_generator(0), torch.float32)
-    state = {name: dict(vars(module)) for name, module in model.named_modules()}
     eager = output(model, inputs)
+    state = {name: dict(vars(module)) for name, module in model.named_modules()}
+    output(model, inputs)
+    own = {k for name, module in model.named_modules() for k, v in vars(module).items() if v is not state[name][k]}
     fastdiff.patch(model)
     assert not torch.equal(output(model, inputs), eager)
     fastdiff.unpatch(model)
     assert torch.equal(output(model, inputs), eager)
     for name, module in model.named_modules():
         assert vars(module).keys() == state[name].keys(), name
-        assert all(vars(module)[k] is v for k, v in state[name].items()), name
+        # Some forwards set attributes: the caches of VAEs for videos.
+        assert all(vars(module)[k] is v for k, v in state[name].items() if k not in own), name
 
 
 @BY_NAME

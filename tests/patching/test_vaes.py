@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ConsistencyDecoderVAE
-from models import randomized, vae
+from models import output, randomized, vae
 from published import PLAIN, Plain
 from torch import Tensor
-from zoo import model_class
+from zoo import ZOO, model_class
 
 import fastdiff
+from fastdiff._launches import count_launches
+from fastdiff.ops._library import OPS
 
 
 def _tiled() -> Any:
@@ -51,6 +53,122 @@ def test_tiling_and_slicing(build: Any, dtype: torch.dtype) -> None:
     assert not torch.equal(ours, eager)
     assert (ours - reference).norm() <= 1.05 * (eager - reference).norm()
     assert fastdiff.report(model).coverage == 1.0
+
+
+def _video(name: str) -> Any:
+    return next(entry.case for entry in ZOO if entry.pipelines == f"VAE of {name}").build()
+
+
+def _tiles(height: int, frames: int = 0) -> dict[str, Any]:
+    """What tiles are made of: pixels, and frames where there are tiles in time."""
+    sizes = {f"tile_sample_{what}": height for what in ("min_height", "min_width")}
+    sizes |= {f"tile_sample_stride_{what}": 3 * height // 4 for what in ("height", "width")}
+    if frames:
+        sizes |= {"tile_sample_min_num_frames": frames, "tile_sample_stride_num_frames": frames // 2}
+    return sizes
+
+
+#: VAE -> size of the clips or pictures, attributes that make tiles and chunks small.
+_VIDEOS = {
+    "Wan 2.1": ((5, 24, 16), _tiles(16)),
+    "Wan 2.2": ((5, 32, 16), _tiles(16)),
+    "Qwen-Image": ((1, 24, 16), _tiles(16)),
+    "HunyuanVideo": ((13, 40, 32), _tiles(32, 8)),
+    "CogVideoX": ((17, 48, 48), {"tile_sample_min_height": 32, "tile_sample_min_width": 32,
+                                 "tile_latent_min_height": 4, "tile_latent_min_width": 4}),
+    "Mochi": ((13, 48, 48), _tiles(32) | {"use_framewise_decoding": True}),
+    "LTX 0.9": ((17, 96, 64), _tiles(64, 16) | {"use_framewise_encoding": True, "use_framewise_decoding": True}),
+    "Sana (DC-AE)": ((24, 16), _tiles(16) | {"tile_latent_min_height": 8, "tile_latent_min_width": 8}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _VIDEOS)
+def test_video_tiles_chunks_and_slices(name: str) -> None:
+    """Batches one by one, in tiles, and frames in chunks, whose convolutions remember the chunk before."""
+    size, tiles = _VIDEOS[name]
+    model = _video(name)
+    model.enable_tiling()
+    model.enable_slicing()
+    for key, value in tiles.items():
+        assert hasattr(model, key), key
+        setattr(model, key, value)
+    exact = copy.deepcopy(model).double()
+    clips = [torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+    eager = torch.stack([output(model, {"sample": x}) for x in clips]).double()
+    reference = torch.stack([output(exact, {"sample": x.double()}) for x in clips])
+    calls: list[int] = []
+    model.decoder.conv_in.register_forward_hook(lambda module, args, out: calls.append(args[0].shape[0]))
+    fastdiff.patch(model)
+    ours = torch.stack([output(model, {"sample": x}) for x in clips]).double()
+    assert len(calls) >= 4 * len(clips) and set(calls) == {1}, "neither tiles nor slices"
+    assert not torch.equal(ours, eager)
+    assert (ours - reference).norm() <= 1.05 * (eager - reference).norm()
+    left = {row.reason for row in fastdiff.report(model).rows if not row.fused}
+    assert left == ({"it normalizes queries or keys"} if name == "Mochi" else set())
+    fastdiff.unpatch(model)
+    assert torch.equal(output(model, {"sample": clips[0]}).double(), eager[0])
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "CogVideoX", "Mochi"])
+def test_hook_on_a_norm_or_an_activation(name: str) -> None:
+    """A norm with a hook, and the norms before an activation with one, are computed by themselves; others are not."""
+    model, found = _video(name), []
+    block = next(m for _, m in model.decoder.named_modules() if hasattr(m, "norm2") and hasattr(m, "nonlinearity"))
+    inputs = {"sample": torch.randn(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0))}
+    eager = output(model, inputs)
+    fastdiff.patch(model)
+    for hooked, separate in ((block.norm1, {"norm1"}), (block.nonlinearity, {"norm1", "norm2"})):
+        handle = hooked.register_forward_hook(lambda module, args, out: found.append(out))
+        ours = output(model, inputs)
+        handle.remove()
+        assert found and (ours - eager).norm() <= 1e-4 * eager.norm()
+        rows = {row.path: row for row in fastdiff.report(model).rows}
+        own = {name: rows[path] for path, m in model.named_modules() for name in ("norm1", "norm2")
+               if m is getattr(block, name)}  # fmt: skip
+        assert {name for name, row in own.items() if not row.fused} == separate
+        assert all(own[name].reason == "the norm or the activation has hooks" for name in separate)
+        assert sum(not row.fused for row in rows.values()) == len(separate) + (4 if name == "Mochi" else 0)
+        found.clear()
+    output(model, inputs)
+    assert all(row.fused for row in fastdiff.report(model).rows if row.path.startswith("decoder"))
+
+
+def test_one_norm_of_two() -> None:
+    """They share their activation, which stays as long as one of them needs it."""
+    model = _video("Qwen-Image")
+    inputs = {"sample": torch.randn(1, 3, 1, 16, 16, generator=torch.Generator().manual_seed(0))}
+    eager = output(model, inputs)
+    fastdiff.patch(model, skip="*norm2")
+    ours = output(model, inputs)
+    assert not torch.equal(ours, eager) and (ours - eager).norm() <= 1e-4 * eager.norm()
+    rows = fastdiff.report(model).rows
+    assert {row.path.rpartition(".")[2] for row in rows if not row.fused} == {"norm2"}
+    copied = copy.deepcopy(model)
+    assert torch.equal(output(copied, inputs), ours)
+    for patched in (model, copied):
+        fastdiff.unpatch(patched)
+        assert torch.equal(output(patched, inputs), eager)
+        assert not any("forward" in vars(module) for module in patched.modules())
+
+
+@pytest.mark.parametrize("name", ["Wan 2.1", "HunyuanVideo"])
+def test_compiled_decoder_is_one_graph(name: str) -> None:
+    model = _video(name)
+    z = torch.randn(1, 4, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        eager = model.decoder(z)
+        fastdiff.patch(model)
+        seen: list[str] = []
+
+        def watching(module: torch.fx.GraphModule, example: list[Tensor]) -> Any:
+            seen.extend(str(node.target) for node in module.graph.nodes)
+            return module.forward
+
+        torch._dynamo.reset()
+        ours = torch.compile(model.decoder, fullgraph=True, backend=watching)(z)
+    fused = count_launches(lambda: model.decoder(z))
+    assert sum("fastdiff." in target for target in seen) == sum(fused[op] for op in OPS) > 10
+    assert (ours - eager).norm() <= 1e-4 * eager.norm()
 
 
 def test_consistency_decoder() -> None:

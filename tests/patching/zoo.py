@@ -17,6 +17,7 @@ import published
 import torch
 from models import CASES, Case, randomized
 from torch import Tensor, nn
+from vaes import VAES, Vae
 
 from fastdiff.patching.families import example_of
 
@@ -134,6 +135,14 @@ _3D = {
     "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
     "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
 }
+
+
+
+def _vae(row: Vae) -> Entry:
+    """A row of the other table."""
+    case = _case(f"VAE of {row.pipelines}", row.cls, row.sites, row.saved, left=row.left, **row.tiny)
+    return Entry(case, f"VAE of {row.pipelines}", row.cls, row.public, row.source, row.least)
+
 
 ZOO = (
     Entry(CASES[0], "Stable Diffusion 1.x: text to image, img2img, LCM, PAG, T2I adapter", "UNet2DConditionModel",
@@ -371,6 +380,7 @@ ZOO = (
                 "up_block_types": ("UpDecoderBlock2D",) * 4, "layers_per_up_block": 3},
         source="asymmetric-autoencoder-kl-x-1-5",
     ),
+    *map(_vae, VAES),
 )  # fmt: skip
 
 ALL_CASES = (*CASES, *(entry.case for entry in ZOO if all(entry.case is not case for case in CASES)))

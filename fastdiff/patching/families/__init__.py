@@ -73,6 +73,7 @@ def families() -> tuple[Family, ...]:
         unet_2d_condition,
         unets_other,
         unets_video,
+        video_autoencoders,
         wan,
         z_image,
     )
@@ -84,6 +85,7 @@ def families() -> tuple[Family, ...]:
         *unets_other.FAMILIES,
         *controlnets.FAMILIES,
         *autoencoders.FAMILIES,
+        *video_autoencoders.FAMILIES,
         dit.DIT,
         flux.FLUX,
         flux.FLUX_CONTROLNET,

@@ -43,6 +43,7 @@ _PARTS = ("encoder", "decoder")
 #: Class -> its own row if it has one, its inputs, the modules that a pipeline calls.
 _CLASSES = {
     "autoencoder_kl:AutoencoderKL": ((), picture, _PARTS),
+    "autoencoder_kl_flux2:AutoencoderKLFlux2": ((), picture, _PARTS),
     "autoencoder_kl_temporal_decoder:AutoencoderKLTemporalDecoder": ((norm_out(_TEMPORAL_DECODER),), clip, _PARTS),
     "autoencoder_asym_kl:AsymmetricAutoencoderKL": ((norm_out(_MASK_DECODER),), masked, _PARTS),
     "vq_model:VQModel": ((), picture, _PARTS),

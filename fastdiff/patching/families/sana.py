@@ -89,11 +89,13 @@ def example(model: Any) -> dict[str, Any]:
     return found
 
 
+GATED_CONVOLUTION = block_row(f"{_FILE}:GLUMBConv", "SiLU and product", gated_convolution)
+
 SANA = Family(
     model=f"{_FILE}:SanaTransformer2DModel",
     blocks=(
         block_row(f"{_FILE}:SanaTransformerBlock", f"{MODULATED}; gate + residual", sana_block),
-        block_row(f"{_FILE}:GLUMBConv", "SiLU and product", gated_convolution),
+        GATED_CONVOLUTION,
         block_row(f"{_FILE}:SanaModulatedNorm", MODULATED, modulated_norm),
         left_row(
             LEGACY, "linear attention", "its attention has no softmax",
