@@ -1,7 +1,8 @@
 """Who serves an op: backends, what each kernel accepts, the choice, and the reason for every refusal.
 
 A kernel declares in ``refuse(*args, **kwargs)`` what it does not take, as one sentence; ``None`` means it
-takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call serves it, else eager.
+takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call, and was not measured to lose at
+its size (:mod:`fastdiff.backends.measured`), serves it, else eager.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+
+from fastdiff.backends import measured
 
 #: In order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "eager")
@@ -137,8 +140,8 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 if wanted is not None and kernel.backend != wanted:
                     continue
                 reason = kernel.refuse(*args, **kwargs)
-                if reason is None and kernel.on_request and wanted is None:
-                    reason = UNPROVEN
+                if reason is None and wanted is None:
+                    reason = UNPROVEN if kernel.on_request else measured.reason(kernel.backend, op, args, kwargs)
                 if reason is None:
                     return kernel.choice
                 if reason == GRADIENT and kernel.differentiable is not None:

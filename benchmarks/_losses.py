@@ -1,0 +1,48 @@
+"""The table of losing sizes that the choice of kernels consults, made from the results.
+
+A bucket (device, backend, op, dtype, sizes to a power of two) is in it if the kernel was slower than eager beyond noise
+in every row of the bucket, with the stock allocator. Rows on request, without features, or of other sections do not
+count.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastdiff.backends import measured
+
+TABLE = measured.TABLE
+Bucket = tuple[str, str, str, str, tuple[tuple[str, int, int | None], ...]]
+
+
+def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """The content of ``losses.json``.
+
+    Args:
+        results: rows with their environments, by result file and section.
+    """
+    seen: dict[str, str] = {}
+    rows_in: dict[Bucket, list[tuple[float, float, str]]] = {}
+    for sections in results.values():
+        for row in sections.get("kernels", []):
+            where, extra = row["environment"], row["extra"]
+            if row["allocator"] != "stock" or "features" not in extra:
+                continue
+            seen[where["kind"]] = f"commit {where['commit']}, {where['date']}"
+            bounds = measured.bucket(extra["features"])
+            for timing in row["timings"]:
+                backend = timing["provider"].removeprefix("fastdiff ")
+                if backend == timing["provider"]:
+                    continue
+                key = where["kind"], backend, extra["op"], row["dtype"], bounds
+                rows_in.setdefault(key, []).append((timing["ratio_high"], timing["ratio"], row["name"]))
+    lost = []
+    for (device, backend, op, dtype, bounds), found in sorted(rows_in.items()):
+        if any(high >= 1.0 for high, _, _ in found):
+            continue
+        _, ratio, name = min(found, key=lambda entry: entry[1])
+        lost.append({
+            "device": device, "backend": backend, "op": op, "dtype": dtype, "bounds": [list(b) for b in bounds],
+            "reason": f"measured at {ratio:.2f} of eager's speed on {device} ({name.replace('{', '').replace('}', '')})",
+        })  # fmt: skip
+    return {"measured": dict(sorted(seen.items())), "losses": lost}
