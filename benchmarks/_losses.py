@@ -41,8 +41,7 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
         if any(high >= 1.0 for high, _, _ in found):
             continue
         _, ratio, name = min(found, key=lambda entry: entry[1])
-        lost.append({
-            "device": device, "backend": backend, "op": op, "dtype": dtype, "bounds": [list(b) for b in bounds],
-            "reason": f"measured at {ratio:.2f} of eager's speed on {device} ({name.replace('{', '').replace('}', '')})",
-        })  # fmt: skip
+        reason = f"measured at {ratio:.2f} of eager's speed on {device} ({name})"
+        lost.append({"device": device, "backend": backend, "op": op, "dtype": dtype,
+                     "bounds": [list(b) for b in bounds], "reason": reason})  # fmt: skip
     return {"measured": dict(sorted(seen.items())), "losses": lost}

@@ -88,7 +88,8 @@ def _cold_start(rows: list[Entry], path: Path) -> None:
         axis.barh(range(len(bars)), widths, left=left, color=color, label=phase)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for index, (_, phases) in enumerate(bars):
-        after = f"  {left[index]:.1f} s; new size {phases['new size'][0]:.1f} s, other LoRA {phases['other LoRA'][0]:.1f} s"
+        new, other = phases["new size"][0], phases["other LoRA"][0]
+        after = f"  {left[index]:.1f} s; new size {new:.1f} s, other LoRA {other:.1f} s"
         axis.text(left[index], index, after, va="center", fontsize=7)
     axis.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
     axis.set_xlim(0, 1.6 * max(left))

@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,15 @@ def source_digest(root: Path = HERE.parent) -> str:
 
 
 def _commit() -> str:
-    """The commit, marked if the code differs from it."""
+    """The commit, marked if the code differs from it; results may differ, they do when rows are saved."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True, cwd=HERE.parent)
+        return done.stdout.strip()
+
     try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            capture_output=True, text=True, check=True, cwd=HERE,
-        ).stdout.strip()  # fmt: skip
+        changed = git("status", "--porcelain", "--", "fastdiff/*.py", "csrc", "benchmarks/*.py")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -174,11 +178,20 @@ def _numbered(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"environments": environments, "rows": numbered}
 
 
-def measured_keys(path: Path, section: str, where: dict[str, Any]) -> set[RowKey]:
-    """The rows of a section that this code has measured already, on this device and with this torch."""
+def measured_keys(path: Path, section: str, where: dict[str, Any], providers: Iterable[str] = ()) -> set[RowKey]:
+    """The rows of a section that this code has measured already, on this device and with this torch.
+
+    Args:
+        providers: a row without one of these, or the reason why it is left out, is not done.
+    """
     same = ("source", "kind", "cpu", "gpu", "threads", "torch")
     rows = rows_of(load(path).get(section, {"environments": [], "rows": []}))
-    return {key_of(row) for row in rows if all(row["environment"].get(k) == where[k] for k in same)}
+    return {
+        key_of(row)
+        for row in rows
+        if all(row["environment"].get(k) == where[k] for k in same)
+        and {t["provider"] for t in row["timings"]} | row["extra"].get("left_out", {}).keys() >= set(providers)
+    }
 
 
 def result_file(name: str | None, device: str = "cpu") -> Path:

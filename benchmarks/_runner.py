@@ -81,10 +81,11 @@ def run_jobs(
             outcome.skipped.append(job)
             continue
         begun = clock()
-        expected = statistics.median(took) if took else 0.0
-        if budget_s is not None and start + budget_s - begun <= expected:
-            outcome.left.append(job)
-            continue
+        if budget_s is not None:
+            left, expected = start + budget_s - begun, statistics.median(took) if took else 0.0
+            if left <= 0 or left < expected:
+                outcome.left.append(job)
+                continue
         try:
             row = job.run()
         except Exception as error:  # one case that fails, be it for want of memory, must not cost the others
@@ -99,7 +100,7 @@ def run_jobs(
 def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = True) -> None:
     """The options that all measurements have."""
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--filter", nargs="+", default=[], metavar="TEXT", help="only what has one of these in its name")
+    parser.add_argument("--filter", nargs="+", default=[], metavar="TEXT", help="only names with one of these in it")
     if dtypes:
         parser.add_argument("--dtypes", nargs="+", default=None, choices=list(DTYPES), help="default: fp32 and bf16 "
                             "on a CPU, bf16 on a GPU")  # fmt: skip
@@ -159,7 +160,8 @@ def run_section(
     console = Console(width=150)
     where = environment(options.device)
     path = result_file(options.device_name, options.device)
-    done = measured_keys(path, section, where) if options.resume else set()
+    asked = ("torch.compile",) if getattr(options, "compile", False) else ()
+    done = measured_keys(path, section, where, asked) if options.resume else set()
 
     def keep(row: Row) -> None:
         if options.save:

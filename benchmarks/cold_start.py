@@ -149,7 +149,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     sizes = parser.add_argument_group("the pipeline")
     sizes.add_argument("--channels", nargs=4, type=int, default=None, metavar="C",
-                       help="of the U-Net's and the VAE's blocks, multiples of 32 (on a CPU: 64 128 256 256)")  # fmt: skip
+                       help="of U-Net and VAE, multiples of 32 (default: SD1.5; on a CPU 64 128 256 256)")  # fmt: skip
     sizes.add_argument("--size", type=int, default=None, help="of the picture (default: 512; on a CPU 128)")
     sizes.add_argument("--steps", type=int, default=2, help="(default: %(default)s)")
     if "--child" in sys.argv:
