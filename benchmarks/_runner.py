@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from _harness import DTYPES
@@ -20,6 +21,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 import fastdiff
+from fastdiff.backends import BACKENDS, kernels_of
+from fastdiff.ops._library import OPS
 
 #: Rounds with --quick: the fewest that give a 95 % interval which is not all of the samples.
 QUICK_ROUNDS = 9
@@ -142,6 +145,21 @@ def prepare(options: argparse.Namespace) -> None:
         fastdiff.tune_cpu_allocator()
     options.allocator = "tuned" if options.tuned_allocator else "stock"
     torch.manual_seed(0)
+
+
+def patched_sides(device: str) -> list[str]:
+    """Our sides of a whole model: what ``patch`` gives, or on a GPU where kernels serve on request, each backend.
+
+    ``"fastdiff"`` is ``fastdiff.patch(model)``, ``"fastdiff cuda"`` is ``fastdiff.patch(model, backend="cuda")``.
+    """
+    asked = {k.backend for op in OPS for k in kernels_of(op) if k.on_request and device != "cpu"}
+    return [f"fastdiff {backend}" for backend in BACKENDS if backend in asked] or ["fastdiff"]
+
+
+def patch_options(side: str) -> dict[str, Any]:
+    """The options of ``patch`` that a side stands for; ``"fastdiff, packed weights"`` packs."""
+    name, _, extra = side.removeprefix("fastdiff").strip().partition(", ")
+    return ({"backend": name} if name else {}) | ({"prepack_weights": True} if extra == "packed weights" else {})
 
 
 def wanted(name: str, options: argparse.Namespace) -> bool:

@@ -19,7 +19,6 @@ BEGIN = time.perf_counter()  # before any import that costs
 PHASES = ("import", "build", "prepare", "first picture", "second picture", "new size", "other LoRA")
 #: What is waited for before the first picture is there.
 UNTIL_FIRST = PHASES[:4]
-SIDES = ("eager", "fastdiff", "torch.compile")
 
 
 def child(options: argparse.Namespace) -> dict[str, object]:
@@ -58,9 +57,9 @@ def child(options: argparse.Namespace) -> dict[str, object]:
     for part in parts_of(pipe):
         part.eval().requires_grad_(False)
     lap("build")
-    backend = options.side.removeprefix("fastdiff").strip() or None
     if options.side.startswith("fastdiff"):
-        fastdiff.patch(pipe, **({"backend": backend} if backend else {}))
+        backend = options.side.removeprefix("fastdiff").strip() or None
+        fastdiff.patch(pipe, backend=backend)
     elif options.side == "torch.compile":
         pipe.unet.compile()
         pipe.vae.decoder.compile()
@@ -162,15 +161,16 @@ def main() -> int:
 
     from functools import partial
 
-    from _runner import Job, add_options, prepare, run_section, wanted
+    from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
 
     add_options(parser, rounds=5)
-    sizes.add_argument("--sides", nargs="+", default=list(SIDES), metavar="SIDE",
+    sizes.add_argument("--sides", nargs="+", default=None, metavar="SIDE",
                        help='eager, fastdiff, "fastdiff triton", "fastdiff cuda", torch.compile')  # fmt: skip
     options = parser.parse_args()
     prepare(options)
     options.channels = options.channels or ([64, 128, 256, 256] if options.device == "cpu" else None)
     options.size = options.size or (128 if options.device == "cpu" else 512)
+    options.sides = options.sides or ["eager", *patched_sides(options.device), "torch.compile"]
     if options.size % 64 or any(c % 32 for c in options.channels or ()):
         parser.error(f"--size is {options.size} and --channels {options.channels}; expected multiples of 64 and 32")
     if "eager" not in options.sides:

@@ -21,13 +21,12 @@ import torch
 from _children import ChildFailed, run_child
 from _harness import DTYPES
 from _results import Row
-from _runner import Job, add_options, prepare, run_section, wanted
+from _runner import Job, add_options, patch_options, patched_sides, prepare, run_section, wanted
 from model_cases import cases, named, parts_of
 from rich.table import Table
 
 import fastdiff
 
-SIDES = {"cpu": ("eager", "fastdiff", "fastdiff, packed weights"), "cuda": ("eager", "fastdiff")}
 MIB = 1 << 20
 
 
@@ -78,9 +77,7 @@ def child(options: argparse.Namespace) -> dict[str, int]:
         weights = sum(p.numel() * p.element_size() for part in parts_of(model) for p in part.parameters())
         whole = Peak(options.device)
         if options.side.startswith("fastdiff"):
-            backend = options.side.removeprefix("fastdiff").strip() or None
-            packed = options.side.endswith("packed weights")
-            fastdiff.patch(model, **({"prepack_weights": True} if packed else {"backend": backend} if backend else {}))
+            fastdiff.patch(model, **patch_options(options.side))
         elif options.side == "torch.compile":
             model.compile()
         case.call(model, **inputs)
@@ -146,7 +143,8 @@ def main() -> int:
     parser.add_argument("--sides", nargs="+", default=None, help='e.g. eager "fastdiff triton" torch.compile')
     options = parser.parse_args()
     prepare(options)
-    options.sides = options.sides or list(SIDES[options.device])
+    packed = ["fastdiff, packed weights"] if options.device == "cpu" else []
+    options.sides = options.sides or ["eager", *patched_sides(options.device), *packed]
     if options.device == "cuda":
         options.rounds = 1  # the allocator's count does not vary
     selected = [c for c in cases() if wanted(c.name, options)]

@@ -21,18 +21,14 @@ from typing import Any
 import torch
 from _harness import DTYPES, MODEL_SAMPLES, Rates, compare
 from _results import Row
-from _runner import Job, add_options, prepare, run_section, wanted
+from _runner import Job, add_options, patch_options, patched_sides, prepare, run_section, wanted
 from model_cases import ModelCase, cases, parts_of
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import fastdiff
-from fastdiff.backends import BACKENDS, kernels_of
-from fastdiff.ops._library import OPS
 from fastdiff.patching import patch_of
-
-PACKED = "fastdiff, packed weights"
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -54,13 +50,12 @@ class Sides:
     def __init__(self, case: ModelCase, model: Any, inputs: dict[str, Any], dtype_name: str, device: str,
                  with_compile: bool) -> None:  # fmt: skip
         self.case, self.model, self.inputs = case, model, inputs
-        self.prepare: dict[str, Callable[[], Any]] = {"eager": self.stock, "fastdiff": self.patched}
-        self.forward: dict[str, Callable[[], Tensor]] = dict.fromkeys(self.prepare, self.call)
-        if device == "cuda":
-            for backend in on_request():
-                self.add(f"fastdiff {backend}", partial(self.patched, backend=backend))
-        elif dtype_name != "fp32":  # refused there
-            self.add(PACKED, partial(self.patched, prepack_weights=True))
+        self.prepare: dict[str, Callable[[], Any]] = {}
+        self.forward: dict[str, Callable[[], Tensor]] = {}
+        self.add("eager", self.stock)
+        packed = ["fastdiff, packed weights"] if device == "cpu" and dtype_name != "fp32" else []  # refused in fp32
+        for side in (*patched_sides(device), *packed):
+            self.add(side, partial(self.patched, **patch_options(side)))
         if with_compile:
             for mode in ("default", "max-autotune"):
                 name = "torch.compile" if mode == "default" else f"torch.compile {mode}"
@@ -80,12 +75,6 @@ class Sides:
         fastdiff.patch(self.model, **options)
         if options:
             self.call()  # packs weights, and compiles Triton's kernels
-
-
-def on_request() -> list[str]:
-    """The backends that serve only where they are asked for."""
-    found = {kernel.backend for op in OPS for kernel in kernels_of(op) if kernel.on_request}
-    return [backend for backend in BACKENDS if backend in found]
 
 
 def measure(case: ModelCase, dtype_name: str, options: argparse.Namespace, rates: Rates) -> Row:

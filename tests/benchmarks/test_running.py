@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,8 +17,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import fastdiff
 from fastdiff import _bench_command, cli, ops
-from fastdiff.backends import BackendError, kernels_of
+from fastdiff.backends import BackendError, Kernel, kernels_of
 from fastdiff.ops._library import OPS
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -269,21 +271,62 @@ def test_backend_that_refuses_is_listed(monkeypatch: pytest.MonkeyPatch) -> None
     assert found == {} and set(refused.values()) <= {"a tensor is sparse"} and bool(refused) == HAS_CPU
 
 
-def test_models_and_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiny_unet() -> model_cases.ModelCase:
+    config = {"block_out_channels": (32, 32, 32, 32), "sample_size": 8, "cross_attention_dim": 16, "norm_num_groups": 8}
+    build = model_cases._model("UNet2DConditionModel", **config)
+    return model_cases._case("tiny", build, model_cases._unet_inputs, 2, 8, 16, bf16=1.1)
+
+
+def test_models_are_made_where_they_run(tiny_unet: model_cases.ModelCase) -> None:
     names = [case.name for case in model_cases.cases()]
     assert len(set(names)) == len(names)
-    tiny = {"block_out_channels": (32, 32, 32, 32), "sample_size": 8, "cross_attention_dim": 16, "norm_num_groups": 8}
-    build = model_cases._model("UNet2DConditionModel", **tiny)
-    case = model_cases._case("tiny", build, model_cases._unet_inputs, 2, 8, 16)
-    model, inputs = case.make("cpu", torch.bfloat16)
+    model, inputs = tiny_unet.make("cpu", torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
-    assert case.call(model, **inputs).shape == (2, 4, 8, 8) and not model.training
-    monkeypatch.setattr(memory, "named", lambda name: case)
+    assert tiny_unet.call(model, **inputs).shape == (2, 4, 8, 8) and not model.training
+    model._keep_in_fp32_modules = ["conv_out"]
+    model_cases.keep_fp32(model)
+    assert model.conv_out.weight.dtype == torch.float32 and model.conv_in.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(not HAS_CPU, reason="no CPU kernels")
+def test_model_is_measured_on_all_sides(tiny_unet: model_cases.ModelCase, rates: Rates) -> None:
+    """And one that patching made wrong fails the run."""
+    spec = importlib.util.spec_from_file_location("benchmarks_models", BENCHMARKS / "models.py")
+    assert spec is not None and spec.loader is not None
+    models = importlib.util.module_from_spec(spec)  # tests/patching has a module of that name
+    spec.loader.exec_module(models)
+    with torch.no_grad():
+        row = models.measure(tiny_unet, "bf16", _options(), rates)
+        assert [t.provider for t in row.timings] == ["eager", "fastdiff", "fastdiff, packed weights"]
+        assert row.extra["wrong"] == [] and row.target == 1.1 and row.flops > 1e6 and row.floor_ms > 0
+        assert set(row.extra["difference"]) == set(row.extra["setup_s"]) == {"fastdiff", "fastdiff, packed weights"}
+        models.show([row])
+
+        def call(model: Any, **inputs: Any) -> Tensor:
+            return model(**inputs, return_dict=False)[0] * (1.5 if fastdiff.patching.patch_of(model) else 1.0)
+
+        row = models.measure(replace(tiny_unet, call=call), "fp32", _options(), rates)
+    assert row.extra["wrong"] == ["fastdiff: differs from eager by 0.5"]
+
+
+def test_memory_of_all_sides(tiny_unet: model_cases.ModelCase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "named", lambda name: tiny_unet)
     given = {"threads": 0, "tuned_allocator": False, "case": "tiny", "device": "cpu", "dtype": "bf16"}
-    for side in memory.SIDES["cpu"]:
+    weights = 2 * sum(p.numel() for p in tiny_unet.make("cpu", torch.bfloat16)[0].parameters())
+    for side in ("eager", "fastdiff", "fastdiff, packed weights"):
         found = memory.child(argparse.Namespace(side=side, **given))
-        assert found["weights"] == 2 * sum(p.numel() for p in model.parameters())
-        assert found["peak"] >= 0 and found["first"] >= 0
+        assert found["weights"] == weights and found["peak"] >= 0 and found["first"] >= 0
+
+
+def test_sides_are_options_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _runner.patched_sides("cpu") == ["fastdiff"]
+    kernel = Kernel("geglu", "triton", ops.geglu.eager, lambda x: None, on_request=True)
+    monkeypatch.setattr(_runner, "kernels_of", lambda op: (kernel,))
+    assert _runner.patched_sides("cuda") == ["fastdiff triton"]
+    assert _runner.patch_options("fastdiff triton") == {"backend": "triton"}
+    assert _runner.patch_options("fastdiff, packed weights") == {"prepack_weights": True}
+    assert _runner.patch_options("fastdiff") == {}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no procfs")
