@@ -105,7 +105,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     """What a reader needs to place the numbers."""
     import fastdiff
     from fastdiff import _extension
-    from fastdiff.backends import measured
+    from fastdiff.backends import losses
 
     cpu = platform.processor()
     flags: list[str] = []
@@ -115,7 +115,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
         words = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
         flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in words]
     return {
-        "kind": measured.kind(torch.device(device)),
+        "kind": losses.kind(torch.device(device)),
         "cpu": cpu,
         "cpu_flags": flags,
         "threads": torch.get_num_threads(),

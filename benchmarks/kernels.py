@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fastdiff import ops
-from fastdiff.backends import BackendError, kernels_of, measured, use_backend
+from fastdiff.backends import BackendError, kernels_of, losses, use_backend
 
 #: A provider may be this many times as far from fp64 as eager; more is a wrong kernel, or another computation.
 ALLOWED = 2.0
@@ -142,7 +142,7 @@ def measure(case: Case, dtype_name: str, options: argparse.Namespace, rates: Rat
     moved = size_bytes(args) + out_bytes
     extra = {
         "op": case.op, "of": case.of, "inputs": f"{len(copies)} copies",
-        "features": measured.features(case.op, *args), "left_out": absent, "wrong": wrong,
+        "features": losses.features(case.op, *args), "left_out": absent, "wrong": wrong,
         "on_request": [k.backend for k in kernels_of(chosen.name) if k.on_request],
         "bandwidth": rates.bandwidth(), "flops_rate": rates.flops(dtype_name) if case.flops else 0.0,
     }  # fmt: skip

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from fastdiff import __version__, _extension
-from fastdiff.backends import BACKENDS, cuda, kernels_of, measured, triton
+from fastdiff.backends import BACKENDS, cuda, kernels_of, losses, triton
 from fastdiff.ops._library import OPS
 
 DISTRIBUTION = "fastdiff-kernels"
@@ -137,7 +137,7 @@ def _backend(name: str) -> Backend:
     else:
         detail = ", in the interpreter" if triton.INTERPRETED else ""
     if name in ("cpu", "cuda"):
-        detail += f"; {measured.standing(torch.device(name))}"
+        detail += f"; {losses.standing(torch.device(name))}"
     if any(kernel.on_request for op in served for kernel in kernels_of(op) if kernel.backend == name):
         detail += "; not proven on a GPU yet, so only on request"
     return Backend(name, True, f"{len(served)} of {len(OPS)} ops{detail}")

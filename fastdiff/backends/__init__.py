@@ -2,7 +2,7 @@
 
 A kernel declares in ``refuse(*args, **kwargs)`` what it does not take, as one sentence; ``None`` means it
 takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call, and was not measured to lose at
-its size (:mod:`fastdiff.backends.measured`), serves it, else eager.
+its size (:mod:`fastdiff.backends.losses`), serves it, else eager.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastdiff.backends import measured
+from fastdiff.backends.losses import why_it_loses
 
 #: In order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "eager")
@@ -141,7 +141,9 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                     continue
                 reason = kernel.refuse(*args, **kwargs)
                 if reason is None and wanted is None:
-                    reason = UNPROVEN if kernel.on_request else measured.reason(kernel.backend, op, args, kwargs)
+                    reason = why_it_loses(kernel.backend, op, args, kwargs)
+                if reason is None and kernel.on_request and wanted is None:
+                    reason = UNPROVEN
                 if reason is None:
                     return kernel.choice
                 if reason == GRADIENT and kernel.differentiable is not None:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 import fastdiff
 from fastdiff import ops
-from fastdiff.backends import Choice, kernels_of, measured, use_backend
+from fastdiff.backends import Choice, kernels_of, losses, use_backend
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -122,13 +122,24 @@ def test_losing_sizes_are_beyond_noise_and_in_all_rows() -> None:
         assert table["losses"] == [] and list(table["measured"]) == ["cpu amx"]
 
 
+def test_fastest_backend_is_the_best_over_all_sizes() -> None:
+    """Per kind and op; eager where none of ours is faster in the mean."""
+    results = _losing("geglu", {"numel": 5000}, (4.0, 3.9, 4.1), (1.0, 0.9, 1.1))
+    rows = results["file"]["kernels"]
+    for row, ratio in zip(rows, (3.0, 2.0), strict=True):
+        row["timings"].append(row["timings"][1] | {"provider": "fastdiff triton", "ratio": ratio})
+    assert losing_sizes(results)["fastest"] == {"cpu amx": {"geglu": "triton"}}  # 2.4 against 2
+    slower = losing_sizes(_losing("geglu", {"numel": 5000}, (0.9, 0.8, 1.1)))
+    assert slower["fastest"] == {"cpu amx": {"geglu": "eager"}}
+
+
 def test_choice_leaves_losing_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Within the bucket, on that device and in that dtype; asked for by name the kernel serves; the report says it."""
     if not any(k.backend == "cpu" for k in kernels_of("gelu_tanh")):
         pytest.skip("no CPU kernels")
-    here = measured.kind(torch.device("cpu"))
-    loss = measured.Loss(here, "cpu", "gelu_tanh", "fp32", (("numel", 64, 128),), "measured at 0.80 of eager's speed")
-    monkeypatch.setitem(measured.losses, ("cpu", "gelu_tanh"), (loss,))
+    here = losses.kind(torch.device("cpu"))
+    loss = losses.Loss(here, "cpu", "gelu_tanh", "fp32", (("numel", 64, 128),), "measured at 0.80 of eager's speed")
+    monkeypatch.setitem(losses.by_kernel, ("cpu", "gelu_tanh"), (loss,))
 
     def choice(size: int, dtype: torch.dtype = torch.float32) -> Choice:
         return ops.gelu_tanh.choose(torch.randn(size).to(dtype))
@@ -137,29 +148,29 @@ def test_choice_leaves_losing_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> No
     assert choice(63).backend == choice(128).backend == choice(100, torch.bfloat16).backend == "cpu"
     with use_backend("cpu", strict=True):
         assert choice(100).backend == "cpu"
-    monkeypatch.setitem(measured.losses, ("cpu", "gelu_tanh"), (loss.__class__("cpu elsewhere", *_fields(loss)[1:]),))
+    monkeypatch.setitem(losses.by_kernel, ("cpu", "gelu_tanh"), (loss.__class__("cpu elsewhere", *_fields(loss)[1:]),))
     assert choice(100).backend == "cpu"
 
 
-def _fields(loss: measured.Loss) -> list[Any]:
+def _fields(loss: losses.Loss) -> list[Any]:
     return [getattr(loss, name) for name in loss.__slots__]
 
 
 def test_stated_losses_name_the_size() -> None:
     q = torch.randn(1, 4, 1, 320)
     assert "head dimension 320" in ops.attention.choose(q, q, q).reason
-    assert measured.bucket({"depth": 72, "keys": 77}) == (("depth", 72, 73), ("keys", 64, 128))
+    assert losses.bucket({"depth": 72, "keys": 77}) == (("depth", 72, 73), ("keys", 64, 128))
 
 
 def test_info_says_whether_the_speed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = measured.kind(torch.device("cpu"))
-    monkeypatch.setattr(measured, "measured_on", {})
-    assert measured.standing(torch.device("cpu")) == f"speed not measured on {here}"
-    monkeypatch.setattr(measured, "measured_on", {here: "commit c"})
-    assert measured.standing(torch.device("cpu")).startswith(f"speed measured on {here}")
+    here = losses.kind(torch.device("cpu"))
+    monkeypatch.setattr(losses, "measured_on", {})
+    assert losses.standing(torch.device("cpu")) == f"speed not measured on {here}"
+    monkeypatch.setattr(losses, "measured_on", {here: "commit c"})
+    assert losses.standing(torch.device("cpu")).startswith(f"speed measured on {here}")
     (backend,) = [b for b in fastdiff.info().backends if b.name == "cpu"]
     if backend.available:
-        assert measured.standing(torch.device("cpu")) in backend.detail
+        assert losses.standing(torch.device("cpu")) in backend.detail
 
 
 def test_pages_and_losing_sizes_are_what_the_results_say() -> None:

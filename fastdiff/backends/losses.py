@@ -104,24 +104,25 @@ def bucket(found: Features) -> tuple[tuple[str, int, int | None], ...]:
     return tuple(bounds)
 
 
-def _load() -> tuple[dict[str, str], dict[tuple[str, str], tuple[Loss, ...]]]:
-    """The kinds of devices that were measured, each with commit and date, and the losses by backend and op."""
+def _load() -> tuple[dict[str, str], dict[str, dict[str, str]], dict[tuple[str, str], tuple[Loss, ...]]]:
     table = json.loads(TABLE.read_text())
     entries = [Loss(**row | {"bounds": tuple(map(tuple, row["bounds"]))}) for row in table["losses"]]
-    losses: dict[tuple[str, str], tuple[Loss, ...]] = {}
+    found: dict[tuple[str, str], tuple[Loss, ...]] = {}
     for loss in (*entries, *STATED):
         where = loss.backend, loss.op
-        losses[where] = (*losses.get(where, ()), loss)
-    return table["measured"], losses
+        found[where] = (*found.get(where, ()), loss)
+    return table["measured"], table["fastest"], found
 
 
-measured_on, losses = _load()
+#: The kinds of devices that were measured, each with commit and date; by kind and op the backend that is the fastest
+#: over all sizes measured; and the losses by backend and op.
+measured_on, fastest, by_kernel = _load()
 _CPU = kind(torch.device("cpu"))
 
 
-def reason(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why this call is better left to others although the backend's kernel takes it, or ``None``."""
-    entries = losses.get((backend, op))
+    entries = by_kernel.get((backend, op))
     if not entries:
         return None
     x = args[0] if args else next(iter(kwargs.values()))
@@ -138,5 +139,5 @@ def standing(device: torch.device) -> str:
     name = kind(device)
     if name not in measured_on:
         return f"speed not measured on {name}"
-    count = sum(loss.device == name for entries in losses.values() for loss in entries)
+    count = sum(loss.device == name for entries in by_kernel.values() for loss in entries)
     return f"speed measured on {name}, {count} size{'' if count == 1 else 's'} left to others"
