@@ -25,11 +25,9 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def benchmarks_folder() -> Path | None:
-    """``benchmarks/`` next to this package, or in the current directory where that is a checkout of it."""
-    for root in (_PACKAGE.parent, Path.cwd()):
-        if (root / "benchmarks" / "kernels.py").is_file() and (root / "fastdiff" / "__init__.py").is_file():
-            return root / "benchmarks"
-    return None
+    """``benchmarks/`` next to this package: results name the commit of what they measured."""
+    folder = _PACKAGE.parent / "benchmarks"
+    return folder if (folder / "kernels.py").is_file() else None
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

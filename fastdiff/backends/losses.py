@@ -43,13 +43,11 @@ class Loss:
 
     def holds(self, device: str, dtype: str, features: Features) -> bool:
         """Whether a call is in this bucket."""
-        if self.device != device and self.device != device.partition(" ")[0]:
-            return False
-        if self.dtype not in ("any", dtype):
-            return False
-        return all(
-            least <= features[name] and (above is None or features[name] < above) for name, least, above in self.bounds
-        )
+        for name, least, above in self.bounds:  # most calls end here
+            value = features[name]
+            if value < least or (above is not None and value >= above):
+                return False
+        return self.dtype in ("any", dtype) and self.device in (device, device.partition(" ")[0])
 
 
 def kind(device: torch.device) -> str:
@@ -130,7 +128,8 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
     found = features(op, *args, **kwargs)
     for loss in entries:
         if loss.holds(device, DTYPES.get(x.dtype, ""), found):
-            return loss.reason.format(**found)
+            # torch.compile traces this, and knows no str.format.
+            return loss.reason if torch.compiler.is_compiling() else loss.reason.format(**found)
     return None
 
 
