@@ -1,4 +1,7 @@
-"""Measurements that need a process of their own: start-up and peak memory. A child prints one line of JSON last."""
+"""Measurements that need a process of their own: start-up and peak memory. A child prints one line of JSON last.
+
+Imports nothing that costs: the child's own imports are part of what is measured.
+"""
 
 from __future__ import annotations
 
@@ -39,3 +42,10 @@ def run_child(script: str, arguments: Sequence[str], timeout_s: float = 900.0) -
         lines = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
         raise ChildFailed(lines[0])
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def patch_options(side: str) -> dict[str, Any]:
+    """The options of ``patch`` that a side stands for."""
+    backend, _, extra = side.removeprefix("fastdiff").partition(", ")
+    named = {"packed weights": {"prepack_weights": True}, "CUDA graphs": {"cuda_graphs": True}}
+    return ({"backend": backend.strip()} if backend else {}) | named.get(extra, {})

@@ -13,7 +13,7 @@ from typing import Any
 from fastdiff.backends import losses
 
 TABLE = losses.TABLE
-Bucket = tuple[str, str, str, str, tuple[tuple[str, int, int | None], ...]]
+Bucket = tuple[str, str, str, str, tuple[tuple[str, int, int], ...]]
 
 
 def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:

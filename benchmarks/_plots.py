@@ -12,7 +12,8 @@ from _tables import providers_of, timing_of
 Entry = dict[str, Any]
 #: By the beginning of a provider's name; the first that fits.
 COLORS = {
-    "eager": "#4d5560", "fastdiff cuda": "#1d5c46", "fastdiff triton": "#58ad86", "fastdiff, packed": "#8fd0b0",
+    "fastdiff cuda, CUDA graphs": "#0f3d2e", "fastdiff triton, CUDA graphs": "#3c8a66", "eager": "#4d5560",
+    "fastdiff cuda": "#1d5c46", "fastdiff triton": "#58ad86", "fastdiff, packed": "#8fd0b0",
     "fastdiff": "#2a7f62", "torch.compile max": "#8d99a6", "torch.compile": "#c3cad1", "xFormers": "#d98e4a",
     "flash-attn": "#c1553b", "SageAttention": "#8a5a9e", "Liger": "#4a7fb5", "comfy-kitchen": "#b59b4a",
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import time
@@ -10,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from _harness import DTYPES
@@ -150,16 +150,13 @@ def prepare(options: argparse.Namespace) -> None:
 def patched_sides(device: str) -> list[str]:
     """Our sides of a whole model: what ``patch`` gives, or on a GPU where kernels serve on request, each backend.
 
-    ``"fastdiff"`` is ``fastdiff.patch(model)``, ``"fastdiff cuda"`` is ``fastdiff.patch(model, backend="cuda")``.
+    ``"fastdiff"`` is ``fastdiff.patch(model)``, ``"fastdiff cuda"`` is ``fastdiff.patch(model, backend="cuda")``; each
+    on a GPU also with CUDA graphs, where this fastdiff has them.
     """
     asked = {k.backend for op in OPS for k in kernels_of(op) if k.on_request and device != "cpu"}
-    return [f"fastdiff {backend}" for backend in BACKENDS if backend in asked] or ["fastdiff"]
-
-
-def patch_options(side: str) -> dict[str, Any]:
-    """The options of ``patch`` that a side stands for; ``"fastdiff, packed weights"`` packs."""
-    name, _, extra = side.removeprefix("fastdiff").strip().partition(", ")
-    return ({"backend": name} if name else {}) | ({"prepack_weights": True} if extra == "packed weights" else {})
+    sides = [f"fastdiff {backend}" for backend in BACKENDS if backend in asked] or ["fastdiff"]
+    graphs = device == "cuda" and "cuda_graphs" in inspect.signature(fastdiff.patch).parameters
+    return [*sides, *(f"{side}, CUDA graphs" for side in sides if graphs)]
 
 
 def wanted(name: str, options: argparse.Namespace) -> bool:

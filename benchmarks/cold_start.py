@@ -24,6 +24,7 @@ UNTIL_FIRST = PHASES[:4]
 def child(options: argparse.Namespace) -> dict[str, object]:
     """One cold start: the seconds of every phase, and what the pictures amount to."""
     import torch
+    from _children import patch_options
     from diffusers import StableDiffusionPipeline  # noqa: F401 - part of what is imported
     from model_cases import SD15, VAE, generate, made_on, parts_of, prompt_inputs, stable_diffusion
     from peft import LoraConfig
@@ -58,8 +59,7 @@ def child(options: argparse.Namespace) -> dict[str, object]:
         part.eval().requires_grad_(False)
     lap("build")
     if options.side.startswith("fastdiff"):
-        backend = options.side.removeprefix("fastdiff").strip() or None
-        fastdiff.patch(pipe, backend=backend)
+        fastdiff.patch(pipe, **patch_options(options.side))
     elif options.side == "torch.compile":
         pipe.unet.compile()
         pipe.vae.decoder.compile()

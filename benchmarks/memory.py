@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _children import ChildFailed, run_child
+from _children import ChildFailed, patch_options, run_child
 from _harness import DTYPES
 from _results import Row
-from _runner import Job, add_options, patch_options, patched_sides, prepare, run_section, wanted
+from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
 from model_cases import cases, named, parts_of
 from rich.table import Table
 

@@ -28,26 +28,26 @@ class Loss:
     """One bucket.
 
     Attributes:
-        device: the kind of device (:func:`kind`), or its first word for all of its kinds.
-        dtype: ``"fp32"``, ``"bf16"``, ``"fp16"`` or, for all, ``"any"``.
-        bounds: (feature, least, first one above or ``None``); see :data:`FEATURES`.
-        reason: what the report says; may name features in braces.
+        device: the kind of device (:func:`kind`).
+        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        bounds: (feature, least, first one above); see :data:`FEATURES`.
+        reason: what the report says.
     """
 
     device: str
     backend: str
     op: str
     dtype: str
-    bounds: tuple[tuple[str, int, int | None], ...]
+    bounds: tuple[tuple[str, int, int], ...]
     reason: str
 
     def holds(self, device: str, dtype: str, features: Features) -> bool:
         """Whether a call is in this bucket."""
         for name, least, above in self.bounds:  # most calls end here
             value = features[name]
-            if value < least or (above is not None and value >= above):
+            if not least <= value < above:
                 return False
-        return self.dtype in ("any", dtype) and self.device in (device, device.partition(" ")[0])
+        return (self.dtype, self.device) == (dtype, device)
 
 
 def kind(device: torch.device) -> str:
@@ -81,19 +81,13 @@ FEATURES: dict[str, Callable[..., dict[str, int]]] = {
 SIZES = frozenset({"numel", "queries", "keys"})
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
-#: Known from before there was a table: at these head dimensions the kernel never won on any CPU.
-STATED = (
-    Loss("cpu", "cpu", "attention", "any", (("depth", 257, None),),
-         "torch's attention is as fast at head dimension {depth}, where the matrix products are nearly all"),
-)  # fmt: skip
-
 
 def features(op: str, *args: Any, **kwargs: Any) -> dict[str, int]:
     """The features of a call of ``op``."""
     return FEATURES.get(op, _of_any)(*args, **kwargs)
 
 
-def bucket(found: Features) -> tuple[tuple[str, int, int | None], ...]:
+def bucket(found: Features) -> tuple[tuple[str, int, int], ...]:
     """The bounds of the bucket that a call with these features is in."""
     bounds = []
     for name, value in found.items():
@@ -106,7 +100,7 @@ def _load() -> tuple[dict[str, str], dict[str, dict[str, str]], dict[tuple[str, 
     table = json.loads(TABLE.read_text())
     entries = [Loss(**row | {"bounds": tuple(map(tuple, row["bounds"]))}) for row in table["losses"]]
     found: dict[tuple[str, str], tuple[Loss, ...]] = {}
-    for loss in (*entries, *STATED):
+    for loss in entries:
         where = loss.backend, loss.op
         found[where] = (*found.get(where, ()), loss)
     return table["measured"], table["fastest"], found
@@ -128,8 +122,7 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
     found = features(op, *args, **kwargs)
     for loss in entries:
         if loss.holds(device, DTYPES.get(x.dtype, ""), found):
-            # torch.compile traces this, and knows no str.format.
-            return loss.reason if torch.compiler.is_compiling() else loss.reason.format(**found)
+            return loss.reason
     return None
 
 

@@ -156,10 +156,25 @@ def _fields(loss: losses.Loss) -> list[Any]:
     return [getattr(loss, name) for name in loss.__slots__]
 
 
-def test_stated_losses_name_the_size() -> None:
-    q = torch.randn(1, 4, 1, 320)
-    assert "head dimension 320" in ops.attention.choose(q, q, q).reason
-    assert losses.bucket({"depth": 72, "keys": 77}) == (("depth", 72, 73), ("keys", 64, 128))
+def test_losing_attention_under_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By head dimension and counts of queries and keys; traced without a break."""
+    here = losses.kind(torch.device("cpu"))
+    bounds = losses.bucket({"depth": 8, "queries": 9, "keys": 77})
+    assert bounds == (("depth", 8, 9), ("queries", 8, 16), ("keys", 64, 128))
+    loss = losses.Loss(here, "cpu", "attention", "fp32", bounds, "slow")
+    monkeypatch.setitem(losses.by_kernel, ("cpu", "attention"), (loss,))
+
+    def chosen(queries: int, keys: int, depth: int = 8) -> str:
+        return ops.attention.choose(torch.randn(1, queries, 2, depth), *(torch.randn(1, keys, 2, depth),) * 2).reason
+
+    if not any(k.backend == "cpu" for k in kernels_of("attention")):
+        pytest.skip("no CPU kernels")
+    assert chosen(9, 77) == chosen(15, 127) == "cpu: slow"
+    assert not any((chosen(16, 77), chosen(9, 128), chosen(9, 77, depth=16)))
+    compiled = torch.compile(lambda q, k: ops.attention(q, k, k), fullgraph=True, backend="eager")
+    for keys in (77, 128, 200):
+        q, k = torch.randn(1, 9, 2, 8), torch.randn(1, keys, 2, 8)
+        torch.testing.assert_close(compiled(q, k), ops.attention.eager(q, k, k)[0])
 
 
 def test_info_says_whether_the_speed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,7 @@ import layer_cases  # noqa: E402
 import memory  # noqa: E402
 import model_cases  # noqa: E402
 import other_libraries  # noqa: E402
+from _children import patch_options  # noqa: E402
 from _harness import Rates  # noqa: E402
 from _results import Row, Timing, key_of, load, rows_of, save  # noqa: E402
 from _runner import Job, run_jobs  # noqa: E402
@@ -323,10 +324,11 @@ def test_sides_are_options_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _runner.patched_sides("cpu") == ["fastdiff"]
     kernel = Kernel("geglu", "triton", ops.geglu.eager, lambda x: None, on_request=True)
     monkeypatch.setattr(_runner, "kernels_of", lambda op: (kernel,))
-    assert _runner.patched_sides("cuda") == ["fastdiff triton"]
-    assert _runner.patch_options("fastdiff triton") == {"backend": "triton"}
-    assert _runner.patch_options("fastdiff, packed weights") == {"prepack_weights": True}
-    assert _runner.patch_options("fastdiff") == {}
+    assert _runner.patched_sides("cuda")[0] == "fastdiff triton"
+    assert patch_options("fastdiff triton") == {"backend": "triton"}
+    assert patch_options("fastdiff, packed weights") == {"prepack_weights": True}
+    assert patch_options("fastdiff") == {}
+    assert patch_options("fastdiff cuda, CUDA graphs") == {"backend": "cuda", "cuda_graphs": True}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no procfs")
