@@ -20,6 +20,10 @@ from fastdiff.backends.cpu import run_overload
 #: The longest rows, largest groups of channels and head dimension, as in csrc/cuda/kernels.h and attention.cuh.
 MAX_COLUMNS, MAX_DEPTH, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 256, 1024, 2**31
 
+#: Where something else was measured to be faster: by op and compute capability, a function of the op's arguments that
+#: gives the reason or ``None``. What is not in here is served in the order of ``fastdiff.backends.BACKENDS``.
+MEASURED: dict[tuple[str, tuple[int, int]], Refuse] = {}
+
 
 def why_not() -> str | None:
     """Why no CUDA kernel can run with this installation, or ``None``. GPUs are looked at when tensors come."""
@@ -116,7 +120,9 @@ def refuse_table(device: str) -> dict[str, Refuse]:
             reason = general(*args, **kwargs) or (limit(*args, **kwargs) if limit else None)
             if reason is not None or device != "cuda":
                 return reason
-            return device_reason(args[0].get_device())
+            index = args[0].get_device()
+            measured = MEASURED.get((op, torch.cuda.get_device_capability(index))) if MEASURED else None
+            return device_reason(index) or (measured(*args, **kwargs) if measured else None)
 
         return of_call
 
