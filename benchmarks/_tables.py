@@ -159,10 +159,11 @@ def pipelines(rows: list[Entry]) -> str:
     """One line per model of a pipeline."""
 
     def cells(row: Entry) -> list[str]:
+        saved = f" -> {row['after']} (-{1 - row['after'] / row['before']:.0%})" if row["patched"] else ""
         left = "; ".join(f"{count} {what}" for what, count in row["left"].items())
         return [
             row["pipelines"], f"`{row['model']}`", row["configuration"], f"{row['patched']} of {row['places']}",
-            f"{row['before']} -> {row['after']} (-{1 - row['after'] / row['before']:.0%})", left,
+            f"{row['before']}{saved}", left,
         ]  # fmt: skip
 
     return "\n".join([

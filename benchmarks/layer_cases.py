@@ -87,6 +87,23 @@ def group_norm(of: str, shape: tuple[int, ...], nhwc: bool = False, temb: bool =
                 kwargs=kwargs)  # fmt: skip
 
 
+def rms_norm(of: str, shape: tuple[int, ...]) -> Case:
+    """RMSNorm over channels + SiLU, as in video VAEs."""
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        return _randn(dtype, *shape), (torch.randn(shape[1]) * 0.1 + 1).to(dtype)
+
+    def eager(x: Tensor, gamma: Tensor) -> Tensor:
+        normalized = F.normalize(x.float() if x.dtype != torch.float64 else x, dim=1).to(x.dtype)
+        return F.silu(normalized * shape[1] ** 0.5 * gamma.view(-1, 1, 1, 1))
+
+    def ours(x: Tensor, gamma: Tensor) -> Tensor:
+        return ops.rms_norm_silu(x, gamma, None, 1e-12, clamp=True)
+
+    name = f"RMSNorm over channels + SiLU {list(shape)}"
+    return Case("rms_norm_silu", name, of, make, eager, ours, values=torch.Size(shape).numel())
+
+
 def modulate(of: str, shape: tuple[int, int, int], **targets: float) -> Case:
     """LayerNorm and modulation, the modulation being slices of one projection."""
     batch, _, width = shape
@@ -215,6 +232,10 @@ def cases() -> Iterator[Case]:
     yield group_norm(sd, (2, 640, 32, 32), temb=True, fp32=2.0, bf16=2.5)
     yield group_norm(xl, (2, 640, 64, 64), temb=True)
     yield group_norm(xl, (2, 1280, 32, 32), temb=True)
+
+    if hasattr(ops, "rms_norm_silu"):
+        yield rms_norm("Wan VAE", (1, 96, 4, 240, 416))
+        yield rms_norm("Wan VAE", (1, 384, 2, 120, 208))
 
     yield modulate(f"{dit} 512", (2, 1024, 1152), fp32=4.0, bf16=3.0)
     yield modulate(sd3, (1, 4096, 1536), fp32=4.0, bf16=3.0)

@@ -147,22 +147,24 @@ def _sd3_inputs() -> dict[str, Any]:
     }
 
 
-def _flux_inputs() -> dict[str, Any]:
-    grid = torch.stack(torch.meshgrid(torch.zeros(1), torch.arange(64.0), torch.arange(64.0), indexing="ij"), dim=-1)
+def _flux_inputs(side: int, text: int) -> dict[str, Any]:
+    """``side`` tokens along either axis of the picture, which has 16 times as many pixels."""
+    axes = torch.zeros(1), torch.arange(float(side)), torch.arange(float(side))
     return {
-        "hidden_states": torch.randn(1, 4096, 64),
+        "hidden_states": torch.randn(1, side * side, 64),
         "timestep": torch.tensor([0.5]),
         "guidance": torch.tensor([3.5]),
-        "encoder_hidden_states": torch.randn(1, 512, 4096),
+        "encoder_hidden_states": torch.randn(1, text, 4096),
         "pooled_projections": torch.randn(1, 768),
-        "img_ids": grid.view(-1, 3),
-        "txt_ids": torch.zeros(512, 3),
+        "img_ids": torch.cartesian_prod(*axes),
+        "txt_ids": torch.zeros(text, 3),
     }
 
 
-def _wan_inputs() -> dict[str, Any]:
+def _wan_inputs(frames: int, height: int, width: int) -> dict[str, Any]:
+    """Of latent frames."""
     return {
-        "hidden_states": torch.randn(1, 16, 21, 60, 104),
+        "hidden_states": torch.randn(1, 16, frames, height, width),
         "timestep": torch.tensor([500]),
         "encoder_hidden_states": torch.randn(1, 512, 4096),
     }
@@ -233,10 +235,14 @@ def cases() -> list[ModelCase]:
         "AutoencoderKL", **VAE)  # fmt: skip
     dit = lambda size: _model("DiTTransformer2DModel", sample_size=size, **DIT)  # noqa: E731
     sd_pipeline = functools.partial(stable_diffusion, SD15)
+    flux, wan = functools.partial(_model, "FluxTransformer2DModel"), functools.partial(_model, "WanTransformer3DModel")
+    few_flux, few_wan = FLUX | {"num_layers": 1, "num_single_layers": 2}, WAN | {"num_layers": 2}
     return [
         _case("SD1.5 U-Net 256x256 batch 2", sd, _unet_inputs, 2, 32, 768, on_cpu=True, fp32=1.05, bf16=1.12),
         _case("DiT-XL/2 256x256 batch 2", dit(32), _dit_inputs, 32, on_cpu=True, fp32=1.15, bf16=1.15, cuda=8.0),
         _case("SD VAE decode 512x512", vae, _latents, 64, call=_decode, on_cpu=True, fp32=1.25, bf16=1.25),
+        _case("Flux, 3 blocks, 512x512", flux(**few_flux), _flux_inputs, 32, 128, on_cpu=True, bf16=1.15),
+        _case("Wan 1.3B, 2 blocks, 17 frames 240x416", wan(**few_wan), _wan_inputs, 5, 30, 52, on_cpu=True, bf16=1.15),
         _case("SD1.5 U-Net 512x512 batch 2", sd, _unet_inputs, 2, 64, 768, on_cpu=True, cuda=3.5),
         _case("SDXL U-Net 1024x1024 batch 2", xl, _unet_inputs, 2, 128, 2048, cuda=1.35),
         _case("SD VAE decode 1024x1024", vae, _latents, 128, call=_decode, cuda=2.0),
@@ -246,8 +252,8 @@ def cases() -> list[ModelCase]:
         _case("SD1.5 pipeline 256x256, 2 steps", sd_pipeline, prompt_inputs, 768, 256, 2, call=generate, on_cpu=True),
         _case("DiT-XL/2 pipeline 256x256, 10 steps", dit_pipeline, _dit_prompt, 10, call=generate),
         _case("SD3-medium 1024x1024 batch 2", _model("SD3Transformer2DModel", **SD3), _sd3_inputs, cuda=1.2),
-        _case("Flux-dev 1024x1024 batch 1", _model("FluxTransformer2DModel", **FLUX), _flux_inputs, cuda=1.3),
-        _case("Wan 1.3B 832x480, 81 frames, batch 1", _model("WanTransformer3DModel", **WAN), _wan_inputs),
+        _case("Flux-dev 1024x1024 batch 1", flux(**FLUX), _flux_inputs, 64, 512, cuda=1.3),
+        _case("Wan 1.3B 832x480, 81 frames, batch 1", wan(**WAN), _wan_inputs, 21, 60, 104),
     ]
 
 
