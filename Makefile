@@ -12,6 +12,7 @@ JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 8 ? n : 8)))
 # What of Diffusers' tests can run offline and has models that fastdiff knows.
 DIFFUSERS_TESTS ?= tests/models/unets tests/models/autoencoders/test_models_autoencoder_kl.py tests/schedulers \
   tests/models/transformers/test_models_dit_transformer2d.py tests/pipelines/ddpm tests/pipelines/ddim tests/pipelines/dit
+GPU_BUDGET ?= 600
 # The oldest supported Diffusers; the newest is what pyproject.toml installs.
 DIFFUSERS_MIN ?= 0.38.0
 
@@ -48,9 +49,9 @@ test-triton: $(VENV)/.installed ## the same numbers asked of the Triton kernels,
 test-triton-all: $(VENV)/.installed ## compile every Triton kernel in every configuration; takes long
 	FASTDIFF_TEST_ALL=1 $(PYTEST) tests/build/test_triton_kernels.py $(PYTEST_ARGS)
 
-gpu: $(VENV)/.installed ## on a machine with a GPU: the tests there, then the kernel benchmarks
-	$(PY) -m pytest -rs tests/gpu $(PYTEST_ARGS)
-	$(PY) benchmarks/kernels.py --device cuda --compile --save
+gpu: ## on a machine with a GPU: build, its tests, all benchmarks, in GPU_BUDGET=600 seconds; goes on where it stopped
+	@start=$$(date +%s); $(MAKE) $(VENV)/.installed && \
+	  $(PY) -m fastdiff bench gpu --budget $$(($(GPU_BUDGET) - $$(date +%s) + start))
 
 lint: $(VENV)/.installed ## ruff and mypy
 	$(PY) -m ruff check .

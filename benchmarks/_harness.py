@@ -2,65 +2,49 @@
 
 Providers of one case (eager, ours, torch.compile, ...) are timed in turns, in a random order each round, so that
 a slow moment of the machine hits all of them. A ratio is the median over rounds of eager / provider, with the
-95 % interval of that median from order statistics.
+interval of that median from order statistics. Inputs come from a ring of copies larger than the caches, as another
+layer's data would drive them out. Clocks are left alone.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
+import functools
+import itertools
 import math
-import os
-import platform
 import random
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from _results import Timing
+from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results"
-
-
-@dataclass
-class Timing:
-    """One provider's times for one case. ``ratio`` is baseline time / this time."""
-
-    provider: str
-    median_ms: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    rounds: int
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Sample = Callable[[Callable[[], Any], int], float]
 
 
-@dataclass
-class Row:
-    """One benchmarked case."""
+def interval_ranks(n: int) -> tuple[int, int]:
+    """The ranks, from 0, between which the median of a population lies with 95 % confidence, given n ordered samples.
 
-    name: str
-    dtype: str
-    allocator: str
-    timings: list[Timing]
-    bytes_moved: int = 0
-    flops: int = 0
-    floor_ms: float = 0.0
-    target: float | None = None
-    note: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
+    The number of samples below the median is binomial with p = 1/2, whatever the distribution (e.g. David and Nagaraja,
+    "Order Statistics", 2003, 7.1). Fewer than 6 samples cannot give 95 %: then all of them, 94 % for 5, 75 % for 3.
+    """
+    low, below = 0, 1 / 2**n  # P(at most `low` samples are below the median)
+    while low + 1 < n / 2:
+        following = below + math.comb(n, low + 1) / 2**n
+        if following > 0.025:
+            break
+        low, below = low + 1, following
+    return low, n - 1 - low
 
 
 def median_interval(values: list[float]) -> tuple[float, float, float]:
-    """Median and its 95 % confidence interval by order statistics (binomial, normal approximation)."""
+    """Median and the 95 % confidence interval of it (:func:`interval_ranks`)."""
     ordered = sorted(values)
-    n = len(ordered)
-    half = 0.98 * math.sqrt(n)
-    low, high = max(0, math.floor(n / 2 - half)), min(n - 1, math.ceil(n / 2 + half) - 1)
+    low, high = interval_ranks(len(ordered))
     return statistics.median(ordered), ordered[low], ordered[high]
 
 
@@ -71,7 +55,7 @@ def compare(
     min_sample_s: float = 0.004,
     warmup: int = 2,
     before: dict[str, Callable[[], Any]] | None = None,
-    sample: Callable[[Callable[[], Any], int], float] | None = None,
+    sample: Sample | None = None,
 ) -> list[Timing]:
     """Time the providers in turns. The first one is the baseline of the ratios.
 
@@ -81,7 +65,7 @@ def compare(
         min_sample_s: a sample repeats a short function until it lasts this long.
         warmup: calls before timing.
         before: name -> untimed preparation run before each sample of that provider.
-        sample: (function, count) -> seconds per call; the host's clock by default, :func:`gpu_sample` for a GPU.
+        sample: (function, count) -> seconds per call; the host's clock by default.
     """
     sample = sample or host_sample
     before = before or {}
@@ -103,7 +87,8 @@ def compare(
     timings = []
     for name, times in samples.items():
         ratio, low, high = median_interval([b / t for b, t in zip(baseline, times, strict=True)])
-        timings.append(Timing(name, statistics.median(times), ratio, low, high, rounds))
+        median, fastest, slowest = median_interval(times)
+        timings.append(Timing(name, median, ratio, low, high, rounds, fastest, slowest))
     return timings
 
 
@@ -132,87 +117,97 @@ def gpu_sample(function: Callable[[], Any], count: int) -> float:
     return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
 
 
-SAMPLES = {"cpu": host_sample, "cuda": gpu_sample}
+def gpu_wall_sample(function: Callable[[], Any], count: int) -> float:
+    """Seconds per call by the host's clock until the GPU is done: host time counts, as in a generation."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        function()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
 
 
-def copy_bandwidth(size_bytes: int, device: str = "cpu") -> float:
-    """Bytes per second of ``copy_`` between two resident buffers of ``size_bytes`` (read plus write)."""
-    source = torch.ones(max(size_bytes // 4, 1024), device=device)
+#: How a single kernel is timed, and how a whole model.
+KERNEL_SAMPLES: dict[str, Sample] = {"cpu": host_sample, "cuda": gpu_sample}
+MODEL_SAMPLES: dict[str, Sample] = {"cpu": host_sample, "cuda": gpu_wall_sample}
+
+
+@functools.cache
+def cache_bytes(device: str) -> int:
+    """The size of the last cache before memory; 32 MiB where the system does not say."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties().L2_cache_size
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(s[:-1]) * units[s[-1]] for s in sizes if s[-1:] in units), default=32 << 20)
+
+
+def size_bytes(values: Any) -> int:
+    """Bytes of the tensors among the values, their broadcast axes counted once."""
+    tensors = [v for v in values if isinstance(v, Tensor)]
+    return sum(
+        math.prod(n for n, s in zip(t.shape, t.stride(), strict=True) if s or n == 1) * t.element_size()
+        for t in tensors
+    )
+
+
+def to_device(value: Any, device: str) -> Any:
+    """A copy of an argument on the device, with its strides and offset, as chunks have them."""
+    if not isinstance(value, Tensor):
+        return value
+    memory = torch.empty(0, dtype=value.dtype, device=value.device).set_(value.untyped_storage())
+    memory = torch.empty_like(memory, device=device).copy_(memory)
+    return torch.as_strided(memory, value.shape, value.stride(), value.storage_offset())
+
+
+def ring(arguments: tuple[Any, ...], device: str, cache: int) -> list[tuple[Any, ...]]:
+    """Copies of the arguments on the device: at least two, and twice the cache together, but 256 at most."""
+    count = min(256, max(2, math.ceil(2 * cache / max(size_bytes(arguments), 1))))
+    return [tuple(to_device(a, device) for a in arguments) for _ in range(count)]
+
+
+def rotating(function: Callable[..., Any], arguments: list[tuple[Any, ...]]) -> Callable[[], Any]:
+    """The function of no arguments that calls ``function`` with each of the arguments in turn."""
+    following = itertools.cycle(arguments).__next__
+    return lambda: function(*following())
+
+
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second of ``copy_`` between buffers larger than the caches (read plus write)."""
+    source = torch.ones(max(16 << 20, min(4 * cache_bytes(device), 1 << 30)) // 4, device=device)
     target = torch.empty_like(source)
-    timing = compare({"copy": lambda: target.copy_(source)}, rounds=9, sample=SAMPLES[device])[0]
+    timing = compare({"copy": lambda: target.copy_(source)}, rounds=9, sample=KERNEL_SAMPLES[device])[0]
     return 2 * source.numel() * 4 / (timing.median_ms / 1e3)
 
 
 def matmul_rate(dtype: torch.dtype, device: str = "cpu") -> float:
-    """FLOP/s of a square matrix product, the machine's practical ceiling for attention."""
+    """FLOP/s of a square matrix product, the machine's practical ceiling for what is bound by arithmetic."""
     size = 1024 if device == "cpu" else 8192
     a = torch.randn(size, size, device=device).to(dtype)
-    timing = compare({"matmul": lambda: a @ a}, rounds=9, sample=SAMPLES[device])[0]
+    timing = compare({"matmul": lambda: a @ a}, rounds=9, sample=KERNEL_SAMPLES[device])[0]
     return 2 * size**3 / (timing.median_ms / 1e3)
 
 
-def environment() -> dict[str, Any]:
-    """What a reader needs to place the numbers."""
-    import fastdiff
-    from fastdiff import _extension
+class Rates:
+    """What this machine reached in this run: copy bandwidth, and FLOP/s by dtype; each measured when first asked."""
 
-    cpu = platform.processor()
-    flags: list[str] = []
-    if os.path.exists("/proc/cpuinfo"):
-        text = Path("/proc/cpuinfo").read_text()
-        cpu = next((line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")), cpu)
-        words = next((line for line in text.splitlines() if line.startswith("flags")), "").split()
-        flags = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in words]
-    try:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=RESULTS.parent,
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    return {
-        "cpu": cpu,
-        "cpu_flags": flags,
-        "threads": torch.get_num_threads(),
-        "fastdiff_isa": _extension.cpu_isa(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "fastdiff": fastdiff.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._rates: dict[str, float] = {}
 
+    def bandwidth(self) -> float:
+        """Bytes per second."""
+        if "copy" not in self._rates:
+            self._rates["copy"] = copy_bandwidth(self.device)
+        return self._rates["copy"]
 
-def _triton_version() -> str | None:
-    try:
-        return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    def flops(self, dtype_name: str) -> float:
+        """FLOP/s."""
+        if dtype_name not in self._rates:
+            self._rates[dtype_name] = matmul_rate(DTYPES[dtype_name], self.device)
+        return self._rates[dtype_name]
 
-
-def save(section: str, rows: list[Row], path: Path) -> None:
-    """Replace ``section`` of the device's result file; rows of other runs of the section stay if not re-measured."""
-    path.parent.mkdir(exist_ok=True)
-    data = json.loads(path.read_text()) if path.exists() else {}
-    kept = data.get(section, {}).get("rows", [])
-    fresh = [asdict(row) for row in rows]
-    done = {(r["name"], r["dtype"], r["allocator"]) for r in fresh}
-    kept = [r for r in kept if (r["name"], r["dtype"], r["allocator"]) not in done]
-    data[section] = {"environment": environment(), "rows": kept + fresh}
-    path.write_text(json.dumps(data, indent=1) + "\n")
-
-
-def result_file(name: str | None, device: str = "cpu") -> Path:
-    """``results/<name>.json``; made from the GPU's name, or the CPU's features, unless given."""
-    if name is None and device == "cuda":
-        name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower())
-    elif name is None:
-        env = environment()
-        best = "amx" if "amx_bf16" in env["cpu_flags"] else (env["cpu_flags"] or ["generic"])[-1]
-        name = f"cpu-{best}-{env['threads']}threads"
-    return RESULTS / f"{name}.json"
+    def floor_ms(self, moved: int, flops: int, dtype_name: str) -> float:
+        """The roofline: the longer of what the bytes and what the FLOPs take."""
+        arithmetic = flops / self.flops(dtype_name) if flops else 0.0
+        return 1e3 * max(moved / self.bandwidth(), arithmetic)

@@ -1,305 +1,160 @@
-"""Whole models of the real sizes with random weights: eager and patched side by side in one process.
+"""Whole models of the real sizes with random weights: eager, patched and compiled side by side in one process.
 
-    python benchmarks/models.py [--filter TEXT] [--tuned-allocator] [--save]
+    python -m fastdiff bench models [--device cuda] [--filter TEXT] [--compile] [--quick] [--save]
 
 One model object serves all sides: it is patched and unpatched between samples (outside the clock), so weights, memory
-and thermal state are the same. In bf16 it is also timed with ``prepack_weights=True``. The stock and the raised
-allocator thresholds need separate processes; the speed-up of "patched with thresholds raised" over "eager stock" is
-computed from the two by ``report.py``.
+and thermal state are the same. Times are the host's, until the GPU is done: launching counts. In half precision on a
+CPU it is also timed with ``prepack_weights=True``. The stock and the raised allocator thresholds need separate
+processes; ``report.py`` computes the speed-up of "patched with thresholds raised" over "eager stock" from the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from _harness import Row, compare, result_file, save
-from rich.console import Console
+from _children import patch_options
+from _harness import DTYPES, MODEL_SAMPLES, Rates, compare
+from _results import Row
+from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
+from model_cases import ModelCase, cases, parts_of
 from rich.table import Table
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 import fastdiff
 from fastdiff.patching import patch_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PACKED = "fastdiff, packed weights"
+
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return sdpa_flop_count(q, k, v)
 
 
-@dataclass
-class ModelCase:
-    """One forward of one model.
+#: What torch's counter leaves out.
+UNCOUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class Sides:
+    """One model, brought from one provider's state to another's.
 
     Attributes:
-        build: returns the model in fp32 on the CPU, in eval mode.
-        inputs: dtype -> keyword arguments of ``call``.
-        call: (model, **inputs) -> the output tensor.
+        prepare: provider -> what makes the model that provider's, not timed.
+        forward: provider -> the call that is timed.
     """
 
-    name: str
-    build: Callable[[], torch.nn.Module]
-    inputs: Callable[[torch.dtype], dict[str, Any]]
-    call: Callable[..., torch.Tensor]
-    targets: dict[str, float]
+    def __init__(self, case: ModelCase, model: Any, inputs: dict[str, Any], dtype_name: str, device: str,
+                 with_compile: bool) -> None:  # fmt: skip
+        self.case, self.model, self.inputs = case, model, inputs
+        self.prepare: dict[str, Callable[[], Any]] = {}
+        self.forward: dict[str, Callable[[], Tensor]] = {}
+        self.add("eager", self.stock)
+        packed = ["fastdiff, packed weights"] if device == "cpu" and dtype_name != "fp32" else []  # refused in fp32
+        for side in (*patched_sides(device), *packed):
+            self.add(side, partial(self.patched, **patch_options(side)))
+        if with_compile:
+            for mode in ("default", "max-autotune"):
+                name = "torch.compile" if mode == "default" else f"torch.compile {mode}"
+                self.add(name, self.stock, torch.compile(self.call, mode=mode, dynamic=False))
+
+    def add(self, name: str, prepare: Callable[[], Any], forward: Callable[[], Tensor] | None = None) -> None:
+        self.prepare[name], self.forward[name] = prepare, forward or self.call
+
+    def call(self) -> Tensor:
+        return self.case.call(self.model, **self.inputs)
+
+    def stock(self) -> None:
+        if any(patch_of(part) is not None for part in (self.model, *parts_of(self.model))):
+            fastdiff.unpatch(self.model)
+
+    def patched(self, **options: Any) -> None:
+        fastdiff.patch(self.model, **options)
+        for _ in range(2 if options else 0):
+            self.call()  # packs weights, compiles Triton's kernels; the second call captures graphs
 
 
-def _sd15_unet() -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=64,
-        cross_attention_dim=768,
-        attention_head_dim=8,
-        block_out_channels=(320, 640, 1280, 1280),
-    )
-
-
-def _sdxl_unet() -> torch.nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=128,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(320, 640, 1280),
-        transformer_layers_per_block=(1, 2, 10),
-        attention_head_dim=(5, 10, 20),
-        cross_attention_dim=2048,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=256,
-        projection_class_embeddings_input_dim=2816,
-    )
-
-
-def _vae() -> torch.nn.Module:
-    from diffusers import AutoencoderKL
-
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=4,
-        sample_size=512,
-    )
-
-
-def _dit() -> torch.nn.Module:
-    from diffusers import DiTTransformer2DModel
-
-    return DiTTransformer2DModel(
-        num_attention_heads=16,
-        attention_head_dim=72,
-        in_channels=4,
-        out_channels=8,
-        num_layers=28,
-        sample_size=32,
-    )
-
-
-def _flux_blocks() -> torch.nn.Module:
-    """One double and two single blocks, of the whole model's 19 and 38."""
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(num_layers=1, num_single_layers=2, guidance_embeds=True)
-
-
-def _flux_inputs(dtype: torch.dtype) -> dict[str, Any]:
-    """512 x 512 pixels, 128 tokens of text."""
-    axes = torch.zeros(1), torch.arange(32.0), torch.arange(32.0)
-    return {
-        "hidden_states": torch.randn(1, 1024, 64).to(dtype),
-        "timestep": torch.tensor([0.5], dtype=dtype),
-        "guidance": torch.tensor([3.5], dtype=dtype),
-        "encoder_hidden_states": torch.randn(1, 128, 4096).to(dtype),
-        "pooled_projections": torch.randn(1, 768).to(dtype),
-        "img_ids": torch.cartesian_prod(*axes),
-        "txt_ids": torch.zeros(128, 3),
-    }
-
-
-def _wan_blocks() -> torch.nn.Module:
-    """Two blocks of Wan 2.1 with 1.3 billion parameters."""
-    from diffusers import WanTransformer3DModel
-
-    return WanTransformer3DModel(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=2)
-
-
-def _wan_inputs(dtype: torch.dtype) -> dict[str, Any]:
-    """5 latent frames of 240 x 416 pixels: 1950 tokens, and 512 of text."""
-    return {
-        "hidden_states": torch.randn(1, 16, 5, 30, 52).to(dtype),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": torch.randn(1, 512, 4096).to(dtype),
-    }
-
-
-def _unet_inputs(batch: int, size: int, width: int) -> Callable[[torch.dtype], dict[str, Any]]:
-    return lambda dtype: {
-        "sample": torch.randn(batch, 4, size, size).to(dtype),
-        "timestep": torch.tensor(500),
-        "encoder_hidden_states": torch.randn(batch, 77, width).to(dtype),
-    }
-
-
-def cases() -> list[ModelCase]:
-    """The models of the README."""
-
-    def denoise(model: torch.nn.Module, **inputs: Any) -> torch.Tensor:
-        return model(**inputs, return_dict=False)[0]
-
-    def sdxl_inputs(dtype: torch.dtype) -> dict[str, Any]:
-        added = {"text_embeds": torch.randn(1, 1280).to(dtype), "time_ids": torch.zeros(1, 6)}
-        return {**_unet_inputs(1, 32, 2048)(dtype), "added_cond_kwargs": added}
-
-    return [
-        ModelCase(
-            "SD1.5 U-Net 256x256 batch 2",
-            _sd15_unet,
-            _unet_inputs(2, 32, 768),
-            denoise,
-            {"fp32": 1.05, "bf16": 1.12},
-        ),
-        ModelCase("SDXL U-Net 256x256 batch 1", _sdxl_unet, sdxl_inputs, denoise, {}),
-        ModelCase(
-            "SD VAE decode 512x512",
-            _vae,
-            lambda dtype: {"z": torch.randn(1, 4, 64, 64).to(dtype)},
-            lambda model, z: model.decode(z, return_dict=False)[0],
-            {"fp32": 1.25, "bf16": 1.25},
-        ),
-        ModelCase(
-            "DiT-XL/2 256x256 batch 2",
-            _dit,
-            lambda dtype: {
-                "hidden_states": torch.randn(2, 4, 32, 32).to(dtype),
-                "timestep": torch.tensor([500, 500]),
-                "class_labels": torch.tensor([1, 1000]),
-            },
-            denoise,
-            {"fp32": 1.15, "bf16": 1.15},
-        ),
-        ModelCase("Flux, 3 blocks, 512x512", _flux_blocks, _flux_inputs, denoise, {"bf16": 1.15}),
-        ModelCase("Wan 1.3B, 2 blocks, 17 frames 240x416", _wan_blocks, _wan_inputs, denoise, {"bf16": 1.15}),
-    ]
-
-
-def _in_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """As ``from_pretrained`` leaves it: some modules (Wan's norms and time embedding) stay in fp32."""
-    kept = set(getattr(model, "_keep_in_fp32_modules", None) or ())
-    torch.nn.Module.to(model, dtype)  # Diffusers' own warns of these
-    for path, parameter in model.named_parameters():
-        if kept.intersection(path.split(".")):
-            parameter.data = parameter.data.float()
-    return model
-
-
-def run_case(case: ModelCase, dtype_name: str, rounds: int, allocator: str) -> Row:
-    """Check the patched output against eager, then time both sides in turns."""
-    torch.manual_seed(0)
-    model = _in_dtype(case.build().eval(), DTYPES[dtype_name])
-    inputs = case.inputs(DTYPES[dtype_name])
-
-    def forward() -> torch.Tensor:
-        return case.call(model, **inputs)
-
-    def stock() -> None:
-        if patch_of(model) is not None:
-            fastdiff.unpatch(model)
-
-    def packed() -> None:
-        fastdiff.patch(model, prepack_weights=True)
-        forward()  # packs
-
-    eager_output = forward()
-    start = time.perf_counter()
-    fastdiff.patch(model)
-    patch_ms = (time.perf_counter() - start) * 1e3
-    difference = ((forward().float() - eager_output.float()).norm() / eager_output.float().norm()).item()
-    del eager_output
-    # What is done before each sample, outside of the clock.
-    providers = {
-        "eager": stock,
-        "fastdiff": lambda: fastdiff.patch(model),
-        PACKED: packed,
-    }
-    if dtype_name == "fp32":  # refused there
-        del providers[PACKED]
-    timings = compare(
-        dict.fromkeys(providers, forward), rounds=rounds, min_sample_s=0.0, warmup=0, before=providers
-    )  # fmt: skip
-    extra = {"patch_ms": round(patch_ms, 1), "relative_difference": difference}
-    return Row(case.name, dtype_name, allocator, timings, target=case.targets.get(dtype_name), extra=extra)
+def measure(case: ModelCase, dtype_name: str, options: argparse.Namespace, rates: Rates) -> Row:
+    """Check all providers against eager, then time them in turns."""
+    device = options.device
+    model, inputs = case.make(device, DTYPES[dtype_name])
+    torch.compiler.reset()
+    sides = Sides(case, model, inputs, dtype_name, device, options.compile)
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+        reference = sides.call().float()
+    extra: dict[str, Any] = {"left_out": {}, "wrong": [], "difference": {}, "setup_s": {}}
+    for name in [n for n in sides.prepare if n != "eager"]:
+        start = time.perf_counter()
+        try:
+            sides.prepare[name]()
+            prepared = time.perf_counter() - start
+            difference = ((sides.forward[name]().float() - reference).norm() / reference.norm()).item()
+        except Exception as error:  # a compiler's failure, or no memory for one side: the others go on
+            extra["left_out"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if name.startswith("fastdiff"):
+                extra["wrong"].append(f"{name}: {extra['left_out'][name]}")
+            del sides.prepare[name], sides.forward[name]
+            continue
+        # Patching alone, and until the first result is there: a compiler works when it is called.
+        extra["setup_s"][name] = [round(prepared, 3), round(time.perf_counter() - start, 3)]
+        extra["difference"][name] = difference
+        if name.startswith("fastdiff") and not difference <= (1e-3 if dtype_name == "fp32" else 0.2):
+            extra["wrong"].append(f"{name}: differs from eager by {difference:.2g}")
+    del reference
+    timings = compare(sides.forward, rounds=options.rounds, min_sample_s=0.0, warmup=0, before=sides.prepare,
+                      sample=MODEL_SAMPLES[device])  # fmt: skip
+    weights = sum(p.numel() * p.element_size() for part in parts_of(model) for p in part.parameters())
+    flops = counter.get_total_flops()
+    extra["weights_bytes"] = weights
+    row = Row(case.name, dtype_name, options.allocator, timings, weights, flops,
+              rates.floor_ms(weights, flops, dtype_name),
+              case.targets.get("cuda" if device == "cuda" else dtype_name), extra=extra)  # fmt: skip
+    del model, sides  # a patched model refers to itself
+    gc.collect()
+    return row
 
 
 def show(rows: list[Row]) -> Table:
     """Ratios of one process."""
-    table = Table(title="eager time / patched time, same process (95 % interval)")
-    for column in (
-        "model",
-        "dtype",
-        "allocator",
-        "eager ms",
-        "patched ms",
-        "speed-up",
-        "packed",
-        "target",
-        "patch() ms",
-        "diff",
-    ):
-        table.add_column(column, justify="left" if column in ("model", "dtype", "allocator") else "right")
+    table = Table(title="eager time / provider time, same process (95 % interval)")
+    for column in ("model", "dtype", "allocator", "eager ms", "floor ms", "fastdiff", "others", "target", "differs"):
+        table.add_column(column, justify="left" if column in ("model", "dtype", "allocator", "others") else "right")
     for row in rows:
-        eager, ours, *packed = row.timings
-        color = "red" if row.target and row.allocator == "stock" and ours.ratio < row.target else "green"
+        eager, *rest = row.timings
+        ours = [t for t in rest if t.provider.startswith("fastdiff")]
+        color = "red" if any(t.ratio < (row.target or 1.0) for t in ours[:1]) else "green"
+        names = "\n".join(f"{t.ratio:.2f} ({t.ratio_low:.2f}-{t.ratio_high:.2f}) {t.provider[9:]}" for t in ours)
         table.add_row(
-            row.name,
-            row.dtype,
-            row.allocator,
-            f"{eager.median_ms:.0f}",
-            f"{ours.median_ms:.0f}",
-            f"[{color}]{ours.ratio:.2f}[/] ({ours.ratio_low:.2f}-{ours.ratio_high:.2f})",
-            *([f"{t.ratio:.2f} ({t.ratio_low:.2f}-{t.ratio_high:.2f})" for t in packed] or [""]),
-            f"{row.target:g}" if row.target else "",
-            f"{row.extra['patch_ms']:.0f}",
-            f"{row.extra['relative_difference']:.1e}",
-        )
+            row.name, row.dtype, row.allocator, f"{eager.median_ms:.1f}", f"{row.floor_ms:.1f}",
+            f"[{color}]{names}[/]", ", ".join(f"{t.provider} {t.ratio:.2f}" for t in rest if t not in ours),
+            f"{row.target:g}" if row.target else "", f"{max(row.extra['difference'].values(), default=0):.1e}",
+        )  # fmt: skip
     return table
 
 
-def main() -> None:
+def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--filter", default="", help="only models whose name contains this text")
-    parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"], choices=list(DTYPES))
-    parser.add_argument("--tuned-allocator", action="store_true", help="call fastdiff.tune_cpu_allocator() first")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=None)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>.json")
-    parser.add_argument("--device-name", default=None, help="name of the result file")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser, rounds=9)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile, default and max-autotune")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    allocator = "stock"
-    if options.tuned_allocator:
-        fastdiff.tune_cpu_allocator()
-        allocator = "tuned"
-    console = Console(width=150)
-    rows: list[Row] = []
+    prepare(options)
+    rates = Rates(options.device)
+    selected = [c for c in cases() if wanted(c.name, options)]
+    if options.device == "cpu" and not options.filter:
+        selected = [c for c in selected if c.on_cpu]
+    jobs = [
+        Job(case.name, dtype, options.allocator, partial(measure, case, dtype, options, rates))
+        for case in selected
+        for dtype in options.dtypes
+    ]
     with torch.no_grad():
-        for case in cases():
-            if options.filter.lower() not in case.name.lower():
-                continue
-            for dtype_name in options.dtypes:
-                rows.append(run_case(case, dtype_name, options.rounds, allocator))
-                console.print(show(rows[-1:]))
-    if options.save:
-        path = result_file(options.device_name)
-        save("models", rows, path)
-        print(f"wrote {path}")
+        return run_section("models", jobs, options, show)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Row, compare, result_file, save
+from _harness import compare
+from _results import Row, result_file, save
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import Row, compare, result_file, save
+from _harness import compare
+from _results import Row, Timing, result_file, save
 from rich.console import Console
 from rich.table import Table
 
@@ -78,8 +79,12 @@ def measure(label: str, name: str, config: dict[str, Any], rounds: int) -> Row:
     if served(patched) != "cpu":
         raise RuntimeError(f"{label} is not fused: {served(patched)}")
     timings = compare({"eager": stock, "fastdiff": fused}, rounds=rounds)
-    return Row(label, "fp32", "stock", [replace(t, median_ms=t.median_ms / steps) for t in timings],
+    return Row(label, "fp32", "stock", [_per_step(t, steps) for t in timings],
                target=TARGETS.get(label), extra={"steps": steps, "shape": list(SHAPE)})
+
+
+def _per_step(t: Timing, steps: int) -> Timing:
+    return replace(t, median_ms=t.median_ms / steps, low_ms=t.low_ms / steps, high_ms=t.high_ms / steps)
 
 
 def main() -> int:

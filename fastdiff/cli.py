@@ -22,6 +22,7 @@ COMMANDS = {
     "info": Command("fastdiff.info", "what is installed, built and usable, and how to add what is missing"),
     "demo": Command("fastdiff.demo.run", "the same pictures with and without fastdiff, compared and timed"),
     "tune": Command("fastdiff.backends.triton.tune", "launch configurations of the Triton kernels for this GPU"),
+    "bench": Command("fastdiff._bench_command", "kernels, models, cold start and memory, measured; tables and plots"),
     "verify": Command("fastdiff._verify_command", "every patched layer against eager and fp64, in a real run"),
 }
 

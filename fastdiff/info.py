@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlparse
 import torch
 
 from fastdiff import __version__, _extension
-from fastdiff.backends import BACKENDS, cuda, kernels_of, measured, triton
+from fastdiff.backends import BACKENDS, cuda, kernels_of, losses, triton
 from fastdiff.ops._library import OPS
 
 DISTRIBUTION = "fastdiff-kernels"
@@ -139,9 +139,11 @@ def _backend(name: str) -> Backend:
         detail = f", for {', '.join(_cuda_architectures())}"
     else:
         detail = ", in the interpreter" if triton.INTERPRETED else ""
+    if name in ("cpu", "cuda"):
+        detail += f"; {losses.standing(torch.device(name))}"
     if any(kernel.on_request for op in served for kernel in kernels_of(op) if kernel.backend == name):
-        gpus = {measured.capability(index) for index in range(torch.cuda.device_count())}
-        if not gpus & measured.FASTEST.keys():
+        gpus = {losses.kind(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+        if not gpus & losses.fastest.keys():
             detail += "; not proven on a GPU yet, so only on request"
     return Backend(name, True, f"{len(served)} of {len(OPS)} ops{detail}")
 

@@ -1,7 +1,8 @@
 """Who serves an op: backends, what each kernel accepts, the choice, and the reason for every refusal.
 
 A kernel declares in ``refuse(*args, **kwargs)`` what it does not take, as one sentence; ``None`` means it
-takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call serves it, else eager.
+takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call, and was not measured to lose at
+its size (:mod:`fastdiff.backends.losses`), serves it, else eager.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastdiff.backends.measured import why_not_unasked
+from fastdiff.backends.losses import why_it_loses, why_not_unasked
 
 #: In order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "eager")
@@ -46,7 +47,7 @@ class Kernel:
     Attributes:
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
         on_request: serve only where the backend is asked for by name, or was measured to be the fastest; see
-            :mod:`fastdiff.backends.measured`.
+            :mod:`fastdiff.backends.losses`.
     """
 
     op: str
@@ -140,8 +141,10 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 if wanted is not None and kernel.backend != wanted:
                     continue
                 reason = kernel.refuse(*args, **kwargs)
+                if reason is None and wanted is None:
+                    reason = why_it_loses(kernel.backend, op, args, kwargs)
                 if reason is None and kernel.on_request and wanted is None:
-                    reason = why_not_unasked(op, kernel.backend, args, kwargs)
+                    reason = why_not_unasked(kernel.backend, op, args, kwargs)
                 if reason is None:
                     return kernel.choice
                 if reason == GRADIENT and kernel.differentiable is not None:

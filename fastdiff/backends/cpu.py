@@ -212,7 +212,7 @@ def _attention(
         return "there are no keys" if depth else "the head dimension is 0"
     if v.shape[3] != depth:
         return f"v's head dimension is {v.shape[3]} and q's {depth}"
-    if depth > 256:
+    if depth > 256:  # where, besides, fp32 sums of products in their order lose: 1.9 times eager's error at 512
         return f"torch's attention is as fast at head dimension {depth}, where the matrix products are nearly all"
     if depth > 1 and (q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1):
         return "the last axis of q, k or v is not contiguous"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastdiff
 from fastdiff import backends, ops
-from fastdiff.backends import measured
+from fastdiff.backends import losses
 from fastdiff.ops._library import OPS
 
 
@@ -118,29 +118,24 @@ def test_unproven_kernels_serve_on_request_only(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_measured_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By architecture and op, or by the call; a request overrides it, and the reason names what was faster."""
+    """By device and op; a request overrides it, and the reason names what was faster."""
     kernels = [
         backends.Kernel("gelu_tanh", name, function, lambda x: None, on_request=True)
         for name, function in (("cuda", torch.neg), ("triton", torch.abs))
     ]
     monkeypatch.setitem(backends._kernels, "gelu_tanh", kernels)
-    monkeypatch.setattr(measured, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_90")
     x = -torch.rand(4)
 
-    def chosen(**entries: Any) -> backends.Choice:
-        monkeypatch.setattr(measured, "FASTEST", {(9, 0): entries, (8, 0): {"gelu_tanh": "eager"}})
+    def chosen(**entries: str) -> backends.Choice:
+        monkeypatch.setattr(losses, "fastest", {"cuda sm_90": entries, "cuda sm_80": {"gelu_tanh": "eager"}})
         return ops.gelu_tanh.choose(x)
 
     assert chosen(gelu_tanh="cuda").backend == "cuda"
     assert chosen(gelu_tanh="triton").backend == "triton"
-    assert chosen(gelu_tanh=lambda x: "triton" if x.numel() == 4 else "cuda").backend == "triton"
     unmeasured = chosen(geglu="cuda")
     assert unmeasured.backend == "eager" and "cuda: not proven on a GPU yet" in unmeasured.reason
     slower = chosen(gelu_tanh="eager")
-    assert slower.backend == "eager" and "cuda: eager is the faster one on sm_90, as measured" in slower.reason
+    assert slower.backend == "eager" and "cuda: eager is the faster one on cuda sm_90, as measured" in slower.reason
     with fastdiff.use_backend("cuda"):
         assert ops.gelu_tanh.choose(x).backend == "cuda"
-
-
-def test_no_capability_without_a_gpu() -> None:
-    assert measured.capability(-1) is None

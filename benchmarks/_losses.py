@@ -1,0 +1,59 @@
+"""The table of losing sizes that the choice of kernels consults, made from the results.
+
+A bucket (device, backend, op, dtype, sizes to a power of two) is in it if the kernel was slower than eager beyond noise
+in every row of the bucket, with the stock allocator. Rows on request, without features, or of other sections do not
+count.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from fastdiff.backends import losses
+
+TABLE = losses.TABLE
+Bucket = tuple[str, str, str, str, tuple[tuple[str, int, int], ...]]
+
+
+def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[str, Any]:
+    """The content of ``losses.json``.
+
+    Args:
+        results: rows with their environments, by result file and section.
+    """
+    seen: dict[str, str] = {}
+    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
+    rows_in: dict[Bucket, list[tuple[float, float, str]]] = {}
+    for sections in results.values():
+        for row in sections.get("kernels", []):
+            where, extra = row["environment"], row["extra"]
+            if row["allocator"] != "stock" or "features" not in extra:
+                continue
+            seen[where["kind"]] = f"commit {where['commit']}, {where['date']}"
+            bounds = losses.bucket(extra["features"])
+            for timing in row["timings"]:
+                backend = timing["provider"].removeprefix("fastdiff ")
+                if backend == timing["provider"]:
+                    continue
+                key = where["kind"], backend, extra["op"], row["dtype"], bounds
+                ratios.setdefault((where["kind"], extra["op"]), {}).setdefault(backend, []).append(timing["ratio"])
+                rows_in.setdefault(key, []).append((timing["ratio_high"], timing["ratio"], row["name"]))
+    lost = []
+    for (device, backend, op, dtype, bounds), found in sorted(rows_in.items()):
+        if any(high >= 1.0 for high, _, _ in found):
+            continue
+        _, ratio, name = min(found, key=lambda entry: entry[1])
+        reason = f"measured at {ratio:.2f} of eager's speed on {device} ({name})"
+        lost.append({"device": device, "backend": backend, "op": op, "dtype": dtype,
+                     "bounds": [list(b) for b in bounds], "reason": reason})  # fmt: skip
+    return {"measured": dict(sorted(seen.items())), "fastest": _fastest(ratios), "losses": lost}
+
+
+def _fastest(ratios: dict[tuple[str, str], dict[str, list[float]]]) -> dict[str, dict[str, str]]:
+    """By kind of device and op, the backend with the best geometric mean of its ratios to eager, or ``"eager"``."""
+    found: dict[str, dict[str, str]] = {}
+    for (kind, op), by_backend in sorted(ratios.items()):
+        means = {"eager": 1.0} | {b: statistics.geometric_mean(r) for b, r in sorted(by_backend.items())}
+        found.setdefault(kind, {})[op] = max(means, key=means.__getitem__)
+    return found

@@ -1,0 +1,116 @@
+"""The plots of docs/: kernels against eager and the roofline, models, cold start. Losses are left of the line at 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from _tables import providers_of, timing_of
+
+Entry = dict[str, Any]
+#: By the beginning of a provider's name; the first that fits.
+COLORS = {
+    "fastdiff cuda, CUDA graphs": "#0f3d2e", "fastdiff triton, CUDA graphs": "#3c8a66", "eager": "#4d5560",
+    "fastdiff cuda": "#1d5c46", "fastdiff triton": "#58ad86", "fastdiff, packed": "#8fd0b0",
+    "fastdiff": "#2a7f62", "torch.compile max": "#8d99a6", "torch.compile": "#c3cad1", "xFormers": "#d98e4a",
+    "flash-attn": "#c1553b", "SageAttention": "#8a5a9e", "Liger": "#4a7fb5", "comfy-kitchen": "#b59b4a",
+}  # fmt: skip
+RATIO, SHARE = "eager time / provider time", "share of the roofline's speed"
+#: Of a phase that everybody pays for, and of those that differ.
+SHADES = {"import": "#d9dde1", "build": "#b0b7bf", "prepare": "#d98e4a", "first picture": "#2a7f62"}
+
+
+def _bars(
+    rows: list[Entry], value: Callable[[Entry, str], float], title: str, path: Path, *, with_eager: bool = False
+) -> None:
+    """Horizontal bars: a group per row, a bar per provider, a panel per dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    dtypes = sorted({r["dtype"] for r in rows}, reverse=True)
+    names = list(dict.fromkeys(r["name"] for r in rows))
+    providers = [p for p in providers_of(rows) if any(value(r, p) for r in rows)]
+    if with_eager:
+        providers = ["eager", *providers]
+    height = 0.8 / max(len(providers), 1)
+    figure, axes = plt.subplots(
+        1, len(dtypes), figsize=(7 * len(dtypes), 0.22 * len(names) * (1 + len(providers) / 2) + 1.6), sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for axis, dtype in zip(axes[0], dtypes, strict=True):
+        of_name = {r["name"]: r for r in rows if r["dtype"] == dtype}
+        for index, provider in enumerate(providers):
+            values = [value(of_name[n], provider) if n in of_name else 0.0 for n in names]
+            positions = [i + (index + 0.5) * height - 0.4 for i in range(len(names))]
+            bars = axis.barh(positions, values, height=height, color=_color(provider), label=provider)
+            axis.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], padding=2, fontsize=6)
+        axis.axvline(1, color="black", linewidth=0.8)
+        axis.set_yticks(range(len(names)), names, fontsize=8)
+        axis.set_title(f"{dtype}: {title}", fontsize=10)
+        axis.legend(loc="lower right", fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def _color(provider: str) -> str:
+    return next((color for start, color in COLORS.items() if provider.startswith(start)), "#000000")
+
+
+def _ratio(row: Entry, provider: str) -> float:
+    timing = timing_of(row, provider)
+    return timing["ratio"] if timing else 0.0
+
+
+def _share_of_floor(row: Entry, provider: str) -> float:
+    timing = timing_of(row, provider)
+    return row["floor_ms"] / timing["median_ms"] if timing else 0.0
+
+
+def _cold_start(rows: list[Entry], path: Path) -> None:
+    """Stacked phases until the first picture, one bar per side, and what comes after it in numbers."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [(f"{r['name']}, {r['dtype']}\n{t['provider']}", r["extra"]["phases"][t["provider"]])
+            for r in rows for t in r["timings"]]  # fmt: skip
+    figure, axis = plt.subplots(figsize=(9, 0.5 * len(bars) + 1.4), layout="constrained")
+    left = [0.0] * len(bars)
+    for phase, color in SHADES.items():
+        widths = [phases[phase][0] for _, phases in bars]
+        axis.barh(range(len(bars)), widths, left=left, color=color, label=phase)
+        left = [a + b for a, b in zip(left, widths, strict=True)]
+    for index, (_, phases) in enumerate(bars):
+        new, other = phases["new size"][0], phases["other LoRA"][0]
+        after = f"  {left[index]:.1f} s; new size {new:.1f} s, other LoRA {other:.1f} s"
+        axis.text(left[index], index, after, va="center", fontsize=7)
+    axis.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
+    axis.set_xlim(0, 1.6 * max(left))
+    axis.set_xlabel("seconds")
+    axis.legend(loc="lower right", fontsize=8)
+    axis.invert_yaxis()
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def plots(results: dict[str, dict[str, list[Entry]]]) -> Iterator[tuple[str, Callable[[Path], None]]]:
+    """(file name, function that draws it) of all plots of all result files."""
+    for device, sections in results.items():
+        stock = {name: [r for r in rows if r["allocator"] == "stock"] for name, rows in sections.items()}
+        timed = [r for r in stock.get("kernels", []) if len(r["timings"]) > 1]
+        if timed:
+            yield f"kernels-{device}.png", partial(_bars, timed, _ratio, RATIO)
+            floored = [r for r in timed if r["floor_ms"]]
+            yield f"roofline-{device}.png", partial(_bars, floored, _share_of_floor, SHARE, with_eager=True)
+        if stock.get("models"):
+            yield f"models-{device}.png", partial(_bars, stock["models"], _ratio, RATIO)
+        if stock.get("cold start"):
+            yield f"cold-start-{device}.png", partial(_cold_start, stock["cold start"])

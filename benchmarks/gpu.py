@@ -1,0 +1,141 @@
+"""Everything on a GPU within a budget of time: its tests, then kernels, models, cold start and memory; a short table.
+
+    make gpu                                    # builds first, ten minutes in all; GPU_BUDGET=300 for five
+    python -m fastdiff bench gpu --budget 300
+
+Rows are kept as they come, and those that this code has measured on this GPU are not measured again: a run that was
+cut goes on where it stopped. What matters most comes first; torch.compile, which takes its time, comes last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import load, result_file, rows_of
+from _tables import best_of
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+#: A phase with less time than this is not begun: its process would only import.
+LEAST_S = 20.0
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One process.
+
+    Attributes:
+        share: of the time that is left when it begins.
+        command: of Python; a script of this folder also gets its budget.
+    """
+
+    name: str
+    share: float
+    command: tuple[str, ...]
+
+    def arguments(self, budget_s: float, device: str) -> list[str]:
+        """The command line after the interpreter."""
+        if self.command[0] == "-m":
+            return list(self.command)
+        script, *options = self.command
+        kept = ["--device", device, "--save", "--resume", "--budget", f"{budget_s:.0f}"]
+        return [str(HERE / script), *options, *kept]
+
+
+PHASES = (
+    Phase("tests", 0.35, ("-m", "pytest", "-q", "-rs", str(HERE.parent / "tests" / "gpu"))),
+    Phase("kernels", 0.45, ("kernels.py", "--quick")),
+    Phase("models", 0.6, ("models.py", "--quick")),
+    Phase("cold start", 0.4, ("cold_start.py", "--rounds", "1")),
+    Phase("memory", 0.3, ("memory.py",)),
+    Phase("models, compiled", 0.6, ("models.py", "--quick", "--compile")),
+    Phase("kernels, compiled", 1.0, ("kernels.py", "--quick", "--compile")),
+)
+
+Run = Callable[[Sequence[str], float], "int | None"]
+
+
+def run_process(arguments: Sequence[str], timeout_s: float) -> int | None:
+    """The exit code of a Python process, ``None`` if it had to be ended after ``timeout_s``."""
+    try:
+        return subprocess.run([sys.executable, *arguments], timeout=timeout_s, cwd=HERE.parent).returncode
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def run_phases(
+    budget_s: float,
+    device: str,
+    *,
+    phases: Sequence[Phase] = PHASES,
+    run: Run = run_process,
+    clock: Callable[[], float] = time.monotonic,
+) -> dict[str, str]:
+    """Run the phases one after the other within the budget.
+
+    A script stops by itself after its share, its last row may take longer: it is ended only when the whole budget is
+    over. Tests are ended after their share.
+
+    Returns:
+        What became of each phase: ``"ok"``, ``"failed"``, ``"cut"`` or ``"no time"``.
+    """
+    start, became = clock(), {}
+    for phase in phases:
+        left = start + budget_s - clock()
+        share = left * phase.share
+        if share < LEAST_S:
+            became[phase.name] = "no time"
+            continue
+        limit = share if phase.command[0] == "-m" else left
+        code = run(phase.arguments(share, device), limit)
+        became[phase.name] = "cut" if code is None else "ok" if code == 0 else "failed"
+    return became
+
+
+def summary(sections: dict[str, Any], became: dict[str, str]) -> Table:
+    """The phases, and per section how ours did."""
+    table = Table(title=", ".join(f"{name}: {what}" for name, what in became.items()))
+    for column in ("section", "rows", "speed-up: median", "worst", "losses", "targets reached"):
+        table.add_column(column, justify="left" if column == "section" else "right")
+    for name, body in sections.items():
+        rows = rows_of(body)
+        ratios = [best["ratio"] for row in rows if (best := best_of(row))]
+        aims = [(row["target"], best["ratio"]) for row in rows if row["target"] and (best := best_of(row))]
+        table.add_row(
+            name, str(len(rows)),
+            f"{statistics.median(ratios):.2f}" if ratios else "", f"{min(ratios):.2f}" if ratios else "",
+            str(sum(r < 1 for r in ratios)) if ratios else "",
+            f"{sum(ratio >= aim for aim, ratio in aims)} of {len(aims)}" if aims else "",
+        )  # fmt: skip
+    return table
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="(default: %(default)s)")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the command itself")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("bench gpu: torch sees no CUDA GPU", file=sys.stderr)
+        return 2
+    became = run_phases(options.budget, options.device)
+    console = Console(width=120)
+    console.print(summary(load(result_file(None, options.device)), became))
+    if {"cut", "no time"} & set(became.values()):
+        console.print("the time was over before the end: run it again, it goes on with the rows that are missing")
+    return int("failed" in became.values())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

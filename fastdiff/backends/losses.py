@@ -1,0 +1,151 @@
+"""What was measured: the fastest backend by kind of device and op, and the sizes at which a kernel is no gain.
+
+The table is ``losses.json``, which ``python -m fastdiff bench report`` writes from ``benchmarks/results``: a kind of
+device, a backend and an op, and the sizes at which eager (for attention torch's own) was faster, beyond noise, in all
+rows of a bucket. On a kind of device that nothing was measured on, nothing is in the table: kernels serve there, and
+``fastdiff info`` says that their speed was not measured. Whoever asks for a backend by name gets it regardless.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import _extension
+
+TABLE = Path(__file__).with_name("losses.json")
+Features = Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One bucket.
+
+    Attributes:
+        device: the kind of device (:func:`kind`).
+        dtype: ``"fp32"``, ``"bf16"`` or ``"fp16"``.
+        bounds: (feature, least, first one above); see :data:`FEATURES`.
+        reason: what the report says.
+    """
+
+    device: str
+    backend: str
+    op: str
+    dtype: str
+    bounds: tuple[tuple[str, int, int], ...]
+    reason: str
+
+    def holds(self, device: str, dtype: str, features: Features) -> bool:
+        """Whether a call is in this bucket."""
+        for name, least, above in self.bounds:  # most calls end here
+            value = features[name]
+            if not least <= value < above:
+                return False
+        return (self.dtype, self.device) == (dtype, device)
+
+
+@functools.cache
+def kind(device: torch.device) -> str:
+    """What speed depends on first: ``"cpu avx512_bf16"``, ``"cuda sm_90"``, or the device's type alone."""
+    if device.type == "cpu":
+        return f"cpu {_extension.cpu_isa()}"
+    if device.type == "cuda" and torch.version.cuda:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda sm_{major}{minor}"
+    return device.type
+
+
+def _of_attention(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> dict[str, int]:
+    return {"depth": q.shape[3], "queries": q.shape[1], "keys": k.shape[1]}
+
+
+def _of_group_norm(x: Tensor, *args: Any, **kwargs: Any) -> dict[str, int]:
+    return {"numel": x.numel(), "channels_last": int(x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1)}
+
+
+def _of_any(x: Tensor, *args: Any, **kwargs: Any) -> dict[str, int]:
+    return {"numel": x.numel()}
+
+
+#: What tells one size of a call from another, by op; other ops go by the number of values of their first tensor.
+FEATURES: dict[str, Callable[..., dict[str, int]]] = {
+    "attention": _of_attention,
+    "group_norm_silu": _of_group_norm,
+}
+#: Features that are counted in powers of two; others stand for themselves.
+SIZES = frozenset({"numel", "queries", "keys"})
+DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def features(op: str, *args: Any, **kwargs: Any) -> dict[str, int]:
+    """The features of a call of ``op``."""
+    return FEATURES.get(op, _of_any)(*args, **kwargs)
+
+
+def bucket(found: Features) -> tuple[tuple[str, int, int], ...]:
+    """The bounds of the bucket that a call with these features is in."""
+    bounds = []
+    for name, value in found.items():
+        least = 1 << (max(value, 1).bit_length() - 1) if name in SIZES else value
+        bounds.append((name, least, 2 * least if name in SIZES else value + 1))
+    return tuple(bounds)
+
+
+def _load() -> tuple[dict[str, str], dict[str, dict[str, str]], dict[tuple[str, str], tuple[Loss, ...]]]:
+    table = json.loads(TABLE.read_text())
+    entries = [Loss(**row | {"bounds": tuple(map(tuple, row["bounds"]))}) for row in table["losses"]]
+    found: dict[tuple[str, str], tuple[Loss, ...]] = {}
+    for loss in entries:
+        where = loss.backend, loss.op
+        found[where] = (*found.get(where, ()), loss)
+    return table["measured"], table["fastest"], found
+
+
+#: The kinds of devices that were measured, each with commit and date; by kind and op the backend that is the fastest
+#: over all sizes measured; and the losses by backend and op.
+measured_on, fastest, by_kernel = _load()
+_CPU = kind(torch.device("cpu"))
+
+
+def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why this call is better left to others although the backend's kernel takes it, or ``None``."""
+    entries = by_kernel.get((backend, op))
+    if not entries:
+        return None
+    x = args[0] if args else next(iter(kwargs.values()))
+    device = _CPU if x.is_cpu else kind(x.device)
+    found = features(op, *args, **kwargs)
+    for loss in entries:
+        if loss.holds(device, DTYPES.get(x.dtype, ""), found):
+            return loss.reason
+    return None
+
+
+#: Why a GPU kernel without a measurement is not chosen by itself.
+UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND"
+
+
+def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why a GPU kernel does not serve a call that it takes, unless its backend is asked for by name; or ``None``."""
+    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    name = kind(x.device)
+    best = fastest.get(name, {}).get(op)
+    if best is None:
+        return UNPROVEN
+    return None if best == backend else f"{best} is the faster one on {name}, as measured"
+
+
+def standing(device: torch.device) -> str:
+    """Whether the speed of the kernels is known on a device, for ``fastdiff info``."""
+    name = kind(device)
+    if name not in measured_on:
+        return f"speed not measured on {name}"
+    count = sum(loss.device == name for entries in by_kernel.values() for loss in entries)
+    return f"speed measured on {name}, {count} size{'' if count == 1 else 's'} left to others"
