@@ -142,6 +142,8 @@ class Case:
 
 def flat(found: Any) -> Tensor:
     """The first tensor of what a forward returns; of a ControlNet all of them, flattened."""
+    if hasattr(found[0], "sample"):  # some VAEs of older versions of Diffusers wrap it whatever is asked for
+        return found[0].sample
     return found[0] if isinstance(found[0], Tensor) else torch.cat([t.flatten() for t in (*found[0], *found[1:])])
 
 
