@@ -140,7 +140,8 @@ __device__ __forceinline__ void store(T* p, const float (&in)[width]) {
     Vector vectors[sizeof pack / sizeof(Vector)];
     memcpy(vectors, &pack, sizeof pack);
 #pragma unroll
-    for (size_t i = 0; i < sizeof pack / sizeof(Vector); ++i) write_vector(reinterpret_cast<Vector*>(p) + i, vectors[i]);
+    for (size_t i = 0; i < sizeof pack / sizeof(Vector); ++i)
+      write_vector(reinterpret_cast<Vector*>(p) + i, vectors[i]);
   } else {
     *reinterpret_cast<Pack<T, width>*>(p) = pack;
   }

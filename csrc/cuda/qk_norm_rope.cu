@@ -58,7 +58,10 @@ __device__ __forceinline__ void rotation(const Args& args, int64_t at, int i, fl
     load(from, pairs[0]);
     load(from + width, pairs[1]);
 #pragma unroll
-    for (int k = 0; k < width; ++k) c[k] = pairs[2 * k / width][2 * k % width], s[k] = pairs[2 * k / width][2 * k % width + 1];
+    for (int k = 0; k < width; ++k) {
+      const int at = 2 * k % width;
+      c[k] = pairs[2 * k / width][at], s[k] = pairs[2 * k / width][at + 1];
+    }
   }
 #pragma unroll
   for (int k = 0; k < width; ++k)
