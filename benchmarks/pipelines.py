@@ -9,6 +9,7 @@ dispatched as for real ones.
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import Counter
@@ -92,6 +93,7 @@ def of_transformer(case: Transformer) -> dict[str, Any]:
 
 def main() -> None:
     """Command line."""
+    argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
     rows = []
     for row in chain(map(of_zoo, ZOO), map(of_plain, PLAIN), map(of_transformer, TRANSFORMERS)):
         rows.append(row)
