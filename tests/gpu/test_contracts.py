@@ -223,4 +223,5 @@ def test_launch_overhead() -> None:
 
 @pytest.mark.anywhere
 def test_every_op_has_a_real_size() -> None:
-    assert {call()[0] for call in real_calls(torch.float32, "meta").values()} == set(ops.__all__)
+    on_cpu_only = {"rms_norm_silu"}
+    assert {call()[0] for call in real_calls(torch.float32, "meta").values()} == set(ops.__all__) - on_cpu_only

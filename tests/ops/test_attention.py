@@ -110,7 +110,7 @@ class TestNumerics:
             (20, 17, 5, 2, 7),
             (2, 100, 1, 2, 24),  # the only key counts exactly 1
             (2, 13, 300, 2, 64),  # few queries
-            (1, 1, 70, 3, 88),
+            (9, 1, 70, 3, 88),
             (1, 16, 20, 1, 256),
             *([(1, 70, 50, 1, 512)] if BACKEND != "cpu" else []),  # the CPU's leaves it to torch
         ],

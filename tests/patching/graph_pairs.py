@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from actions import add_lora
 from fake_recorder import FakeRecorder
-from hazards import add_lora
 from models import CASES, sd15_unet
 from torch import Tensor
 from transformer_models import outputs

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from actions import OwnProcessor, wrap_forwards
 from fake_recorder import FakeRecorder
 from graph_pairs import DIT, FIRST, assign, captured, inputs, pair_of, recorder_of, same, stats_of, with_lora
-from hazards import HAZARDS, OwnProcessor, wrap_forwards
+from hazards import HAZARDS
 from models import sd15_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -316,7 +317,7 @@ _NO_MODEL: dict[str, tuple[Callable[[Any], Any], str]] = {
         lambda m: m.set_attn_processor(OwnProcessor()),
         "the processor of down_blocks.0.attentions.0.transformer_blocks.0.attn1, a OwnProcessor, may do more",
     ),
-    "closures": (wrap_forwards, "the forward of down_blocks.0 was replaced by hazards.wrap_forwards"),
+    "closures": (wrap_forwards, "the forward of down_blocks.0 was replaced by actions.wrap_forwards"),
     "offload": (
         lambda m: HAZARDS["sequential offload"].apply(m), "accelerate's hook AlignDevicesHook is on the model"
     ),

@@ -110,7 +110,7 @@ STOCK_FAILS = {
     **{(name, "FasterCache"): "it looks for attention under other names" for name in ("Z-Image", "Lumina2")},
     **{
         (name, "layer skip"): "a skipped block's two results are exchanged"
-        for name in ("Flux dev", "Flux ControlNet", "SD3", "Qwen-Image")
+        for name in ("Flux dev", "Flux ControlNet", "SD3", "SD3 ControlNet", "Qwen-Image")
     },
     ("SD3", "FirstBlockCache"): "its last block returns no text",
     ("Flux2", "FirstBlockCache"): "its two kinds of blocks return different things",

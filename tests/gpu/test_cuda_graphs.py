@@ -19,7 +19,7 @@ from fastdiff.patching._graphs import GraphStats
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "patching"))
 
-from hazards import add_lora
+from actions import add_lora
 from models import CASES, run_sd, sd15_unet, sd_pipeline
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA GPU")
