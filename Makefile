@@ -31,8 +31,8 @@ help: ## this list
 demo: $(VENV)/.installed ## draw the same pictures with and without fastdiff.patch, and compare
 	$(PY) -m fastdiff demo $(DEMO_ARGS)
 
-test: $(VENV)/quantized ## run all tests; PYTEST_ARGS="-k norm" for some
-	PYTHONPATH=$< $(PYTEST) $(PYTEST_ARGS)
+test: $(VENV)/.installed $(VENV)/quantized ## run all tests; PYTEST_ARGS="-k norm" for some
+	PYTHONPATH=$(VENV)/quantized $(PYTEST) $(PYTEST_ARGS)
 
 test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) $(VENV)/quantized ## the tests of patching with the oldest supported Diffusers
 	PYTHONPATH=$<:$(VENV)/quantized $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
@@ -91,7 +91,7 @@ $(VENV)/.installed: $(VENV)/.ready $(SOURCES)
 
 # What brings quantized weights, for the tests of them alone: wherever these are installed, Diffusers imports them, with
 # warnings. They need nothing that is not there.
-$(VENV)/quantized: $(VENV)/.installed
+$(VENV)/quantized: | $(VENV)/.ready
 	rm -rf $@
 	$(PIP) install --no-deps --target $@ "gguf>=0.10" "torchao>=0.15"
 	@touch $@

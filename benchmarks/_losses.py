@@ -1,8 +1,7 @@
 """The table of losing sizes that the choice of kernels consults, made from the results.
 
 A bucket (device, backend, op, dtype, sizes to a power of two) is in it if the kernel was slower than eager beyond noise
-in every row of the bucket, with the stock allocator. Rows on request, without features, or of other sections do not
-count.
+in every row of the bucket, with the stock allocator. Rows without features, or of other sections, do not count.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
         results: rows with their environments, by result file and section.
     """
     seen: dict[str, str] = {}
-    ratios: dict[tuple[str, str], dict[str, list[float]]] = {}
+    ratios: dict[tuple[str, str], list[dict[str, float]]] = {}
+    wrong: set[tuple[str, str, str]] = set()
     rows_in: dict[Bucket, list[tuple[float, float, str]]] = {}
     for sections in results.values():
         for row in sections.get("kernels", []):
@@ -32,12 +32,17 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
                 continue
             seen[where["kind"]] = f"commit {where['commit']}, {where['date']}"
             bounds = losses.bucket(extra["features"])
+            wrong |= {(where["kind"], extra["op"], said.partition(":")[0].removeprefix("fastdiff "))
+                      for said in extra.get("wrong", ())}  # fmt: skip
+            served: dict[str, float] = {}
+            ratios.setdefault((where["kind"], extra["op"]), []).append(served)
             for timing in row["timings"]:
                 backend = timing["provider"].removeprefix("fastdiff ")
                 if backend == timing["provider"]:
                     continue
                 key = where["kind"], backend, extra["op"], row["dtype"], bounds
-                ratios.setdefault((where["kind"], extra["op"]), {}).setdefault(backend, []).append(timing["ratio"])
+                # A size that it loses is left to eager.
+                served[backend] = 1.0 if timing["ratio_high"] < 1.0 else timing["ratio"]
                 rows_in.setdefault(key, []).append((timing["ratio_high"], timing["ratio"], row["name"]))
     lost = []
     for (device, backend, op, dtype, bounds), found in sorted(rows_in.items()):
@@ -47,13 +52,23 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
         reason = f"measured at {ratio:.2f} of eager's speed on {device} ({name})"
         lost.append({"device": device, "backend": backend, "op": op, "dtype": dtype,
                      "bounds": [list(b) for b in bounds], "reason": reason})  # fmt: skip
-    return {"measured": dict(sorted(seen.items())), "fastest": _fastest(ratios), "losses": lost}
+    return {"measured": dict(sorted(seen.items())), "fastest": _fastest(ratios, wrong), "losses": lost}
 
 
-def _fastest(ratios: dict[tuple[str, str], dict[str, list[float]]]) -> dict[str, dict[str, str]]:
-    """By kind of device and op, the backend with the best geometric mean of its ratios to eager, or ``"eager"``."""
+def _fastest(
+    ratios: dict[tuple[str, str], list[dict[str, float]]], wrong: set[tuple[str, str, str]]
+) -> dict[str, dict[str, str]]:
+    """By kind of device and op, the backend with the best geometric mean of its ratios to eager, or ``"eager"``.
+
+    Args:
+        ratios: of every row, by backend; a backend that is not in a row did not take it, and eager serves that.
+        wrong: (kind, op, backend) that gave a wrong result somewhere, which are never chosen.
+    """
     found: dict[str, dict[str, str]] = {}
-    for (kind, op), by_backend in sorted(ratios.items()):
-        means = {"eager": 1.0} | {b: statistics.geometric_mean(r) for b, r in sorted(by_backend.items())}
-        found.setdefault(kind, {})[op] = max(means, key=means.__getitem__)
+    for (kind, op), rows in sorted(ratios.items(), key=lambda entry: entry[0]):
+        backends = sorted({b for row in rows for b in row if (kind, op, b) not in wrong})
+        means = {b: statistics.geometric_mean(row.get(b, 1.0) for row in rows) for b in backends}
+        if means:
+            means = {"eager": 1.0} | means
+            found.setdefault(kind, {})[op] = max(means, key=means.__getitem__)
     return found

@@ -25,7 +25,6 @@ from other_libraries import LIBRARIES, available
 from rich.table import Table
 from torch import Tensor
 
-from fastdiff import ops
 from fastdiff.backends import BackendError, kernels_of, losses, use_backend
 
 #: A provider may be this many times as far from fp64 as eager; more is a wrong kernel, or another computation.
@@ -133,7 +132,6 @@ def measure(case: Case, dtype_name: str, options: argparse.Namespace, rates: Rat
     out_bytes = size_bytes(tensors_of(case.eager(*args)))
     del check
     copies = ring(args, device, cache_bytes(device))
-    chosen = getattr(ops, case.op)
     timings = compare(
         {name: rotating(function, copies) for name, function in providers.items()},
         rounds=options.rounds,
@@ -142,8 +140,9 @@ def measure(case: Case, dtype_name: str, options: argparse.Namespace, rates: Rat
     moved = size_bytes(args) + out_bytes
     extra = {
         "op": case.op, "of": case.of, "inputs": f"{len(copies)} copies",
-        "features": losses.features(case.op, *args), "left_out": absent, "wrong": wrong,
-        "on_request": [k.backend for k in kernels_of(chosen.name) if k.on_request],
+        # Of the op's own arguments: SwiGLU's case has both halves in one.
+        "features": losses.features(case.op, *(args[0].chunk(2, -1) if case.op == "swiglu" else args)),
+        "left_out": absent, "wrong": wrong,
         "bandwidth": rates.bandwidth(), "flops_rate": rates.flops(dtype_name) if case.flops else 0.0,
     }  # fmt: skip
     return Row(case.name, dtype_name, options.allocator, timings, moved, case.flops,

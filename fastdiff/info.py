@@ -10,6 +10,7 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
@@ -202,7 +203,9 @@ def _no_triton() -> tuple[str, str] | None:
 
 def install_command() -> str:
     """The shell command that builds and installs fastdiff again, the way it was installed."""
-    pip = "pip install" if importlib.util.find_spec("pip") else "uv pip install --no-build-isolation"
+    # Not importlib.util.find_spec: asked for pip, setuptools' finder puts distutils out of order for the whole process,
+    # and torch.compile needs it.
+    pip = "pip install" if PathFinder.find_spec("pip") else "uv pip install --no-build-isolation"
     root = Path(__file__).resolve().parents[1]
     editable = (root / "setup.py").is_file()
     if not editable:

@@ -124,7 +124,7 @@ def refuse_table(device: str) -> dict[str, Refuse]:
             reason = general(*args, **kwargs) or (limit(*args, **kwargs) if limit else None)
             if reason is not None or device != "cuda":
                 return reason
-            first = args[0] if args else next(iter(kwargs.values()))
+            first = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
             return device_reason(first.get_device())
 
         return of_call

@@ -2,8 +2,9 @@
 
 The table is ``losses.json``, which ``python -m fastdiff bench report`` writes from ``benchmarks/results``: a kind of
 device, a backend and an op, and the sizes at which eager (for attention torch's own) was faster, beyond noise, in all
-rows of a bucket. On a kind of device that nothing was measured on, nothing is in the table: kernels serve there, and
-``fastdiff info`` says that their speed was not measured. Whoever asks for a backend by name gets it regardless.
+rows of a bucket. On a kind of CPU that nothing was measured on, nothing is in the table: kernels serve there, and
+``fastdiff info`` says that their speed was not measured; on such a GPU kernels serve on request only. Whoever asks for
+a backend by name gets it regardless.
 """
 
 from __future__ import annotations
@@ -70,8 +71,13 @@ def _of_group_norm(x: Tensor, *args: Any, **kwargs: Any) -> dict[str, int]:
     return {"numel": x.numel(), "channels_last": int(x.dim() > 2 and x.shape[1] > 1 and x.stride(1) == 1)}
 
 
-def _of_any(x: Tensor, *args: Any, **kwargs: Any) -> dict[str, int]:
-    return {"numel": x.numel()}
+def _of_any(*args: Any, **kwargs: Any) -> dict[str, int]:
+    return {"numel": _first(args, kwargs).numel()}
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The first tensor of a call."""
+    return next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
 
 
 #: What tells one size of a call from another, by op; other ops go by the number of values of their first tensor.
@@ -119,7 +125,7 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
     entries = by_kernel.get((backend, op))
     if not entries:
         return None
-    x = args[0] if args else next(iter(kwargs.values()))
+    x = _first(args, kwargs)
     device = _CPU if x.is_cpu else kind(x.device)
     found = features(op, *args, **kwargs)
     for loss in entries:
@@ -134,8 +140,7 @@ UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backen
 
 def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a GPU kernel does not serve a call that it takes, unless its backend is asked for by name; or ``None``."""
-    x = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-    name = kind(x.device)
+    name = kind(_first(args, kwargs).device)
     best = fastest.get(name, {}).get(op)
     if best is None:
         return UNPROVEN

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
@@ -191,10 +192,14 @@ class HostWatch(TorchDispatchMode):
     capture for ever.
     """
 
-    def __init__(self, device: torch.device, foreign: Mapping[int, str]) -> None:
-        """``device`` is the model's; ``foreign`` are tensors of the model that are elsewhere: id -> where."""
+    def __init__(self, device: torch.device, foreign: Mapping[int, str], owned: frozenset[int] = frozenset()) -> None:
+        """``device`` is the model's; ``foreign`` are tensors of the model that are elsewhere: id -> where; ``owned``
+        are the ids of all its tensors."""
         super().__init__()
-        self._device, self._foreign = device, foreign
+        self._device, self._foreign, self._owned = device, foreign, owned
+        self._read: dict[int, Tensor] = {}
+        self._made: set[int] = set()
+        self._results: list[weakref.ref[Tensor]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -202,6 +207,12 @@ class HostWatch(TorchDispatchMode):
         name = func._schema.name.split("::")[-1]
         result = func(*args, **(kwargs or {}))
         tensors = _tensors_in(args)
+        for tensor in (*tensors, *_tensors_in(tuple((kwargs or {}).values()))):
+            if id(tensor) not in self._owned and (place := tensor.untyped_storage()._cdata) not in self._made:
+                self._read[place] = tensor
+        made = _tensors_in((result,))
+        self._made.update(tensor.untyped_storage()._cdata for tensor in made)
+        self._results += map(weakref.ref, made)
         for tensor in tensors:
             if id(tensor) in self._foreign:
                 raise NotCapturable(f"a forward reads a tensor of the model on {self._foreign[id(tensor)]} ({name})")
@@ -216,6 +227,15 @@ class HostWatch(TorchDispatchMode):
         if waits:
             raise NotCapturable(f"a forward makes the host wait for the device ({name})")
         return result
+
+
+    def outside(self) -> list[Tensor]:
+        """What was read that is neither the model's nor made here, and what was made here and is alive afterwards.
+
+        Such are tables in somebody's cache (rotary frequencies in a ``functools.lru_cache``), which may let go of
+        them; a graph, which goes on reading them where they are, must not.
+        """
+        return [*self._read.values(), *(t for ref in self._results if (t := ref()) is not None)]
 
 
 def _tensors_in(values: tuple[Any, ...]) -> list[Tensor]:

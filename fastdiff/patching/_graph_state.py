@@ -44,6 +44,7 @@ class State:
         device: where its parameters are.
         reason: why no graph of the model can be captured in this state, or ``None``.
         foreign: tensors that belong to the model and are elsewhere, by id.
+        owned: ids of all tensors that belong to the model, while they live.
     """
 
     def __init__(self, model: nn.Module, device_type: str) -> None:
@@ -67,6 +68,7 @@ class State:
         # Parameters are held weakly, so that one that is replaced is freed; while all live, their ids are unique.
         self._ids = list(map(id, self._owned()))
         found = {id(t): t for t in (*self._found, *self._owned()) if t is not None}
+        self.owned = frozenset(found)
         del self._found
         self._tensors = [ref(tensor, self._dead.append) for tensor in found.values()]
         for tensor in found.values():

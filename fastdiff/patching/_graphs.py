@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._device import DeviceContext
@@ -31,6 +31,8 @@ from fastdiff.patching._graph_state import State
 MAX_GRAPHS = 8
 #: A capture costs about this many forwards. Where graphs go before they were replayed as often, captures get rarer.
 _PAYS = 3
+#: The most calls of a kind of input that are waited for before a capture.
+MOST_PATIENT = 8
 #: Kinds of input that were seen and not captured, and reasons, that are remembered.
 _REMEMBERED = 64
 
@@ -67,7 +69,10 @@ class GraphStats:
 class _Graph:
     """One captured forward."""
 
-    def __init__(self, arguments: StaticArguments, recording: Recording, result: StaticResult) -> None:
+    def __init__(
+        self, arguments: StaticArguments, recording: Recording, result: StaticResult, kept: list[Tensor]
+    ) -> None:
+        self.kept = kept  # what the forward reads and only a cache of somebody's may hold
         self.arguments = arguments
         self.recording = recording
         self.result = result
@@ -209,7 +214,7 @@ class ModelGraphs:
         try:
             graph = self._capture(call, state)
         except NotCapturable as found:
-            self._patience *= 2
+            self._patience = min(2 * self._patience, MOST_PATIENT)
             _remember(self._refused, key, str(found))
             raise
         self._captures += 1
@@ -240,7 +245,8 @@ class ModelGraphs:
         for key in keys:
             graph = self._graphs.pop(key)
             graph.recording.drop()
-            self._patience = 2 * self._patience if graph.replays < _PAYS else max(1, self._patience // 2)
+            paid = graph.replays >= _PAYS
+            self._patience = max(1, self._patience // 2) if paid else min(2 * self._patience, MOST_PATIENT)
         if not self._graphs:
             self._recorder.release()
 
@@ -255,7 +261,8 @@ class ModelGraphs:
             self._recorder.follow(state.device)
             arguments.write(call)
             versions = arguments.versions()
-            with self._recorder.side_stream(state.device), HostWatch(state.device, state.foreign):
+            watch = HostWatch(state.device, state.foreign, state.owned)
+            with self._recorder.side_stream(state.device), watch:
                 self._forward(arguments)
             if arguments.versions() != versions:
                 raise NotCapturable("it writes into its arguments")
@@ -263,7 +270,7 @@ class ModelGraphs:
                 raise NotCapturable(f"a forward changes the model: {changed}")
             recording, result = self._recorder.record(lambda: self._forward(arguments), state.device)
             try:
-                return _Graph(arguments, recording, StaticResult(result, state.device))
+                return _Graph(arguments, recording, StaticResult(result, state.device), watch.outside())
             except NotCapturable:
                 recording.drop()
                 raise

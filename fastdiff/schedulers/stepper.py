@@ -159,8 +159,9 @@ class Stepper:
         if not (sample.is_contiguous() and _same(held, self._left)):
             place = None
         choices: tuple[Choice, ...] = ()
-        if place is not None and place.next is not None and place.next.key == key:
-            _, step, choices = place.next
+        following = None if place is None else place.next  # read once: other threads may set it
+        if following is not None and following.key == key:
+            _, step, choices = following
         else:
             found = self._find(configuration, _Arguments(sample, model_output, noise, mask, tensors, timestep, times,
                                                          moments, begin, others))

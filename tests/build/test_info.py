@@ -86,3 +86,9 @@ def test_import_is_light() -> None:
     heavy = {"accelerate", "diffusers", "numpy", "PIL", "scipy", "sklearn", "transformers", "triton"}
     assert "fastdiff" in imported
     assert not imported & heavy
+
+
+def test_info_leaves_setuptools_usable() -> None:
+    """torch.compile imports setuptools, which cannot replace distutils once its finder was asked for pip."""
+    code = "import fastdiff; fastdiff.info(); import setuptools; print(setuptools.__name__)"
+    assert python(code, Path(fastdiff.__file__).parents[1]).split()[-1] == "setuptools"

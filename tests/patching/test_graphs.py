@@ -20,6 +20,7 @@ from transformer_models import TRANSFORMERS, outputs
 
 import fastdiff
 from fastdiff.patching import _graph_calls, _graphs, patch_of
+from fastdiff.patching._graph_calls import HostWatch
 from fastdiff.patching._graphs import GraphStats
 
 pytestmark = pytest.mark.usefixtures("fake_graphs")
@@ -239,3 +240,13 @@ def test_captures_that_do_not_pay_get_rarer(monkeypatch: pytest.MonkeyPatch) -> 
         outputs(pair[0], inputs(0, **sizes[i % 3]))
     assert 3 <= stats_of(pair[0]).captures <= 12
     same(pair, 0, **sizes[1])
+
+
+def test_tables_that_only_a_cache_holds_are_kept() -> None:
+    """A replay reads a table (rotary frequencies in an lru_cache) where it was, after the cache has let go of it."""
+    weight, table, cache = torch.randn(4), torch.randn(4), []
+    with HostWatch(torch.device("cpu"), {}, frozenset({id(weight)})) as watch:
+        cache.append(torch.cos(table))
+        y = cache[0] * weight + 1
+        del y
+    assert {id(t) for t in watch.outside()} == {id(table), id(cache[0])}

@@ -102,7 +102,7 @@ def _refuse(op: str, shared: Refuse) -> Refuse:
         reason = shared(*args, **kwargs)
         if reason is not None or INTERPRETED:
             return reason
-        first = args[0] if args else next(iter(kwargs.values()))
+        first = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
         reason = why_not_on(first.get_device())
         if reason is None and op == "scheduler_step":
             reason = without_fp64(first.get_device())
