@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
+    BACKEND,
     DTYPES,
     Arguments,
     assert_compiles,
@@ -25,7 +26,10 @@ from torch import Tensor
 
 from fastdiff.ops import rms_norm_silu
 
-pytestmark = pytest.mark.kernel
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.skipif(BACKEND != "cpu", reason="only the CPU has a kernel"),
+]
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),

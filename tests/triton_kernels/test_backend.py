@@ -46,7 +46,8 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def test_every_public_op_has_a_kernel() -> None:
-    assert set(CALLS) == set(ops.__all__)
+    on_cpu_only = {"rms_norm_silu"}
+    assert set(CALLS) == set(ops.__all__) - on_cpu_only
 
 
 @EVERY
