@@ -16,6 +16,7 @@ from fastdiff import _extension
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
 from fastdiff.backends.cpu import run_overload
+from fastdiff.backends.losses import first_tensor
 
 #: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
 MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
@@ -124,7 +125,7 @@ def refuse_table(device: str) -> dict[str, Refuse]:
             reason = general(*args, **kwargs) or (limit(*args, **kwargs) if limit else None)
             if reason is not None or device != "cuda":
                 return reason
-            first = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+            first = first_tensor(args, kwargs)
             return device_reason(first.get_device())
 
         return of_call

@@ -72,10 +72,10 @@ def _of_group_norm(x: Tensor, *args: Any, **kwargs: Any) -> dict[str, int]:
 
 
 def _of_any(*args: Any, **kwargs: Any) -> dict[str, int]:
-    return {"numel": _first(args, kwargs).numel()}
+    return {"numel": first_tensor(args, kwargs).numel()}
 
 
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """The first tensor of a call."""
     return next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
 
@@ -125,7 +125,7 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
     entries = by_kernel.get((backend, op))
     if not entries:
         return None
-    x = _first(args, kwargs)
+    x = first_tensor(args, kwargs)
     device = _CPU if x.is_cpu else kind(x.device)
     found = features(op, *args, **kwargs)
     for loss in entries:
@@ -140,7 +140,7 @@ UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backen
 
 def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a GPU kernel does not serve a call that it takes, unless its backend is asked for by name; or ``None``."""
-    name = kind(_first(args, kwargs).device)
+    name = kind(first_tensor(args, kwargs).device)
     best = fastest.get(name, {}).get(op)
     if best is None:
         return UNPROVEN

@@ -56,16 +56,21 @@ def group_norm_silu(
             dtype = torch.promote_types(dtype, parameter.dtype)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     y = torch.group_norm(h.to(dtype), num_groups, weight, bias, eps)
+    y = modulated_silu(y, x, scale, shift, silu)
+    if tokens:
+        return _as_tokens(y).contiguous()
+    return in_layout_of(x, y)
+
+
+def modulated_silu(y: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, silu: bool) -> Tensor:
+    """``silu(y * (1 + scale) + shift)`` in x's dtype, of what is there."""
     if scale is not None:
         y = y * (1 + per_channel(scale, x))
     if shift is not None:
         y = y + per_channel(shift, x)
     if silu:
         y = F.silu(y)
-    y = y.to(x.dtype)
-    if tokens:
-        return _as_tokens(y).contiguous()
-    return in_layout_of(x, y)
+    return y.to(x.dtype)
 
 
 def check_per_channel(
@@ -98,9 +103,7 @@ def check_per_channel(
 def _fake(x: Tensor, *args: object, tokens: bool = False, **kwargs: object) -> Tensor:
     if tokens:
         return x.new_empty(_as_tokens(x).shape)
-    if is_channels_last(x):
-        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
-    return x.new_empty(x.shape)
+    return empty_in_layout_of(x)
 
 
 @group_norm_silu.check
@@ -180,6 +183,13 @@ def is_channels_last(x: Tensor) -> bool:
 def in_layout_of(x: Tensor, y: Tensor) -> Tensor:
     """y with channels last if x has them there, else contiguous."""
     return y.movedim(1, -1).contiguous().movedim(-1, 1) if is_channels_last(x) else y.contiguous()
+
+
+def empty_in_layout_of(x: Tensor) -> Tensor:
+    """An uninitialised result of x's shape and dtype, laid out as by :func:`in_layout_of`."""
+    if is_channels_last(x):
+        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
+    return x.new_empty(x.shape)
 
 
 def per_channel(t: Tensor, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops._library import fused_op
-from fastdiff.ops.group_norm_silu import check_per_channel, in_layout_of, is_channels_last, per_channel
+from fastdiff.ops.group_norm_silu import check_per_channel, empty_in_layout_of, in_layout_of, modulated_silu
 
 
 @fused_op(
@@ -57,20 +57,12 @@ def rms_norm_silu(
         y = y * weight.view(-1, *(1,) * (x.dim() - 2))
     if bias is not None:
         y = y + bias.view(-1, *(1,) * (x.dim() - 2))
-    if scale is not None:
-        y = y * (1 + per_channel(scale, x))
-    if shift is not None:
-        y = y + per_channel(shift, x)
-    if silu:
-        y = F.silu(y)
-    return in_layout_of(x, y.to(x.dtype))
+    return in_layout_of(x, modulated_silu(y, x, scale, shift, silu))
 
 
 @rms_norm_silu.fake
 def _fake(x: Tensor, *args: object, **kwargs: object) -> Tensor:
-    if is_channels_last(x):
-        return x.new_empty(x.movedim(1, -1).shape).movedim(-1, 1)
-    return x.new_empty(x.shape)
+    return empty_in_layout_of(x)
 
 
 @rms_norm_silu.check

@@ -33,6 +33,14 @@ EXP_ULPS = 4 if BACKEND == "cpu" else 6
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
+#: Of feature maps (B, C, H, W): a tensor -> the same values in another layout.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+    "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
+    "permuted": lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
+}
+
 _ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 

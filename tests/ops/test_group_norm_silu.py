@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
     DTYPES,
+    LAYOUTS,
     Arguments,
     assert_compiles,
     assert_gradients,
@@ -24,13 +25,6 @@ from torch import Tensor
 
 from fastdiff import use_backend
 from fastdiff.ops import group_norm_silu
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
-    "permuted": lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
-}
 
 
 def case(

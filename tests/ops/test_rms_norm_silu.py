@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numerics import (
     BACKEND,
     DTYPES,
+    LAYOUTS,
     Arguments,
     assert_compiles,
     assert_gradients,
@@ -30,13 +31,6 @@ pytestmark = [
     pytest.mark.kernel,
     pytest.mark.skipif(BACKEND != "cpu", reason="only the CPU has a kernel"),
 ]
-
-LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "contiguous": lambda x: x.contiguous(),
-    "channels_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
-    "permuted": lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
-}
 
 
 def case(

@@ -21,6 +21,7 @@ import torch
 
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._gpu import refusals
+from fastdiff.backends.losses import first_tensor
 from fastdiff.backends.triton._config import torch_is_faster, triton_version
 
 #: Triton's own switch: kernels run in its interpreter, on CPU tensors.
@@ -102,7 +103,7 @@ def _refuse(op: str, shared: Refuse) -> Refuse:
         reason = shared(*args, **kwargs)
         if reason is not None or INTERPRETED:
             return reason
-        first = next(t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor))
+        first = first_tensor(args, kwargs)
         reason = why_not_on(first.get_device())
         if reason is None and op == "scheduler_step":
             reason = without_fp64(first.get_device())
