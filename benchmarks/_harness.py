@@ -24,6 +24,8 @@ from torch import Tensor
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 Sample = Callable[[Callable[[], Any], int], float]
+#: With fewer rounds a median says little.
+LEAST_ROUNDS = 3
 
 
 def interval_ranks(n: int) -> tuple[int, int]:
@@ -56,6 +58,8 @@ def compare(
     warmup: int = 2,
     before: dict[str, Callable[[], Any]] | None = None,
     sample: Sample | None = None,
+    limit_s: float | None = None,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time the providers in turns. The first one is the baseline of the ratios.
 
@@ -66,16 +70,26 @@ def compare(
         warmup: calls before timing.
         before: name -> untimed preparation run before each sample of that provider.
         sample: (function, count) -> seconds per call; the host's clock by default.
+        limit_s: fewer rounds, but at least :data:`LEAST_ROUNDS`, where they would take longer than this, going by the
+            first sample of each provider and what prepares it.
+        clock: seconds, for the limit.
     """
     sample = sample or host_sample
     before = before or {}
     nothing = lambda: None  # noqa: E731
     repeats: dict[str, int] = {}
+    round_s = 0.0
     for name, function in providers.items():
+        start = clock()
         before.get(name, nothing)()
+        prepared = clock() - start
         for _ in range(warmup):
             function()
-        repeats[name] = max(1, round(min_sample_s / max(sample(function, 1), 1e-7)))
+        once = max(sample(function, 1), 1e-7)
+        repeats[name] = max(1, round(min_sample_s / once))
+        round_s += prepared + once * repeats[name]
+    if limit_s is not None:
+        rounds = min(rounds, max(LEAST_ROUNDS, int(limit_s / round_s)))
     samples: dict[str, list[float]] = {name: [] for name in providers}
     order = list(providers)
     for _ in range(rounds):

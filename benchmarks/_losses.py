@@ -22,7 +22,7 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
         results: rows with their environments, by result file and section.
     """
     seen: dict[str, str] = {}
-    ratios: dict[tuple[str, str], list[dict[str, float]]] = {}
+    ratios: dict[tuple[str, str, str], list[dict[str, float]]] = {}
     wrong: set[tuple[str, str, str]] = set()
     rows_in: dict[Bucket, list[tuple[float, float, str]]] = {}
     for sections in results.values():
@@ -35,7 +35,7 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
             wrong |= {(where["kind"], extra["op"], said.partition(":")[0].removeprefix("fastdiff "))
                       for said in extra.get("wrong", ())}  # fmt: skip
             served: dict[str, float] = {}
-            ratios.setdefault((where["kind"], extra["op"]), []).append(served)
+            ratios.setdefault((where["kind"], extra["op"], row["dtype"]), []).append(served)
             for timing in row["timings"]:
                 backend = timing["provider"].removeprefix("fastdiff ")
                 if backend == timing["provider"]:
@@ -56,19 +56,19 @@ def losing_sizes(results: dict[str, dict[str, list[dict[str, Any]]]]) -> dict[st
 
 
 def _fastest(
-    ratios: dict[tuple[str, str], list[dict[str, float]]], wrong: set[tuple[str, str, str]]
-) -> dict[str, dict[str, str]]:
-    """By kind of device and op, the backend with the best geometric mean of its ratios to eager, or ``"eager"``.
+    ratios: dict[tuple[str, str, str], list[dict[str, float]]], wrong: set[tuple[str, str, str]]
+) -> losses.Fastest:
+    """By kind of device, op and dtype, the backend with the best geometric mean of its ratios to eager, or ``"eager"``.
 
     Args:
         ratios: of every row, by backend; a backend that is not in a row did not take it, and eager serves that.
-        wrong: (kind, op, backend) that gave a wrong result somewhere, which are never chosen.
+        wrong: (kind, op, backend) that gave a wrong result somewhere, which are never chosen, in whatever dtype.
     """
-    found: dict[str, dict[str, str]] = {}
-    for (kind, op), rows in sorted(ratios.items(), key=lambda entry: entry[0]):
+    found: losses.Fastest = {}
+    for (kind, op, dtype), rows in sorted(ratios.items(), key=lambda entry: entry[0]):
         backends = sorted({b for row in rows for b in row if (kind, op, b) not in wrong})
         means = {b: statistics.geometric_mean(row.get(b, 1.0) for row in rows) for b in backends}
         if means:
             means = {"eager": 1.0} | means
-            found.setdefault(kind, {})[op] = max(means, key=means.__getitem__)
+            found.setdefault(kind, {}).setdefault(op, {})[dtype] = max(means, key=means.__getitem__)
     return found

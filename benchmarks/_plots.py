@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from _tables import providers_of, timing_of
+from _tables import providers_of
+from _targets import Entry, timing_of
 
-Entry = dict[str, Any]
 #: By the beginning of a provider's name; the first that fits.
 COLORS = {
-    "fastdiff cuda, CUDA graphs": "#0f3d2e", "fastdiff triton, CUDA graphs": "#3c8a66", "eager": "#4d5560",
+    "fastdiff, CUDA graphs": "#164a38",
+    "fastdiff cuda, CUDA graphs": "#0f3d2e", "fastdiff triton, CUDA graphs": "#3c8a66",
+    "eager": "#4d5560",
     "fastdiff cuda": "#1d5c46", "fastdiff triton": "#58ad86", "fastdiff, packed": "#8fd0b0",
     "fastdiff": "#2a7f62", "torch.compile max": "#8d99a6", "torch.compile": "#c3cad1", "xFormers": "#d98e4a",
     "flash-attn": "#c1553b", "SageAttention": "#8a5a9e", "Liger": "#4a7fb5", "comfy-kitchen": "#b59b4a",

@@ -79,10 +79,10 @@ def key_of(row: dict[str, Any]) -> RowKey:
 
 
 @functools.cache
-def source_digest(root: Path = HERE.parent) -> str:
+def source_digest(root: Path = HERE.parent, patterns: tuple[str, ...] = SOURCES) -> str:
     """A digest of the code that a measurement depends on: it changes with it, committed or not."""
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in SOURCES for path in root.glob(pattern)}):
+    for path in sorted({path for pattern in patterns for path in root.glob(pattern)}):
         digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
@@ -144,6 +144,14 @@ def load(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def write(path: Path, data: dict[str, Any]) -> None:
+    """Replace the file at once, so that an interrupted run leaves the old or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(data, indent=1) + "\n")
+    scratch.replace(path)
+
+
 def rows_of(section: dict[str, Any]) -> list[dict[str, Any]]:
     """A section's rows, each with its environment in place of the number."""
     return [row | {"environment": section["environments"][row["environment"]]} for row in section["rows"]]
@@ -154,17 +162,12 @@ def save(section: str, rows: list[Row], path: Path, where: dict[str, Any] | None
 
     Args:
         where: the environment of these rows; this process's on a CPU by default.
-
-    The file is replaced at once, so that an interrupted run leaves the old or the new one.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     data = load(path)
     fresh = [json.loads(json.dumps(asdict(row))) | {"environment": where or environment()} for row in rows]
     of_key = {key_of(row): row for row in (*rows_of(data.get(section, {"environments": [], "rows": []})), *fresh)}
     data[section] = _numbered(list(of_key.values()))
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(data, indent=1) + "\n")
-    scratch.replace(path)
+    write(path, data)
 
 
 def _numbered(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -10,21 +10,24 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from _harness import DTYPES
 from _results import Row, RowKey, environment, measured_keys, result_file, save
-from compare import compared, show_changes
+from compare import Change, compared, show_changes
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 import fastdiff
-from fastdiff.backends import BACKENDS, kernels_of
+from fastdiff.backends import BACKENDS, kernels_of, losses
 from fastdiff.ops._library import OPS
 
 #: Rounds with --quick: the fewest that give a 95 % interval which is not all of the samples.
 QUICK_ROUNDS = 9
+#: Seconds with --quick that a row is timed for, if three rounds of it do not take longer.
+QUICK_ROW_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -99,23 +102,42 @@ def run_jobs(
     return outcome
 
 
-def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = True) -> None:
-    """The options that all measurements have."""
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """The options that everything has whose rows are kept, measured or counted."""
     parser.add_argument("--filter", nargs="+", default=[], metavar="TEXT", help="only names with one of these in it")
+    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results")
+    parser.add_argument("--resume", action="store_true", help="skip rows that this very code has made here before")
+    parser.add_argument("--budget", type=float, default=None, metavar="SECONDS", help="begin no row after this time")
+    parser.add_argument("--baseline", type=Path, default=None, metavar="OLD.json",
+                        help="say what got worse since these results; then the exit code is 1")  # fmt: skip
+
+
+def check_run_options(options: argparse.Namespace) -> None:
+    """Refuse what makes no sense.
+
+    Raises:
+        SystemExit: naming the option.
+    """
+    if options.baseline is not None and not options.baseline.is_file():
+        raise SystemExit(f"--baseline: there is no file {options.baseline}")
+    if options.resume and not options.save:
+        raise SystemExit("--resume needs --save: it goes by the results that are kept")
+
+
+def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = True,
+                devices: Sequence[str] = ("cpu", "cuda")) -> None:  # fmt: skip
+    """The options that all measurements have."""
+    add_run_options(parser)
+    parser.add_argument("--device", default=devices[0], choices=devices)
     if dtypes:
         parser.add_argument("--dtypes", nargs="+", default=None, choices=list(DTYPES), help="default: fp32 and bf16 "
                             "on a CPU, bf16 on a GPU")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=None, help=f"samples of each provider (default: {rounds})")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds at most")
-    parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: torch's)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds at most, of kernels and models "
+                        f"fewer where they would take over {QUICK_ROW_S:g} s")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: %(default)s; None is torch's)")
     parser.add_argument("--tuned-allocator", action="store_true", help="call fastdiff.tune_cpu_allocator() first")
-    parser.add_argument("--save", action="store_true", help="keep the rows in benchmarks/results/<device>.json")
-    parser.add_argument("--device-name", default=None, help="name of the result file")
-    parser.add_argument("--resume", action="store_true", help="skip rows that this very code has measured here before")
-    parser.add_argument("--budget", type=float, default=None, metavar="SECONDS", help="begin no row after this time")
-    parser.add_argument("--baseline", type=Path, default=None, metavar="OLD.json",
-                        help="say what got slower since these results; then the exit code is 1")  # fmt: skip
+    parser.add_argument("--device-name", default=None, help="name of the result file (default: made from the device)")
     parser.set_defaults(default_rounds=rounds)
 
 
@@ -125,17 +147,15 @@ def prepare(options: argparse.Namespace) -> None:
     Raises:
         SystemExit: if the device is not there, or a number makes no sense.
     """
+    check_run_options(options)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA GPU")
     if options.rounds is not None and options.rounds < 1:
         raise SystemExit(f"--rounds is {options.rounds}; expected at least 1")
-    if options.baseline is not None and not options.baseline.is_file():
-        raise SystemExit(f"--baseline: there is no file {options.baseline}")
-    if options.resume and not options.save:
-        raise SystemExit("--resume needs --save: it goes by the results that are kept")
     options.rounds = options.rounds or options.default_rounds
     if options.quick:
         options.rounds = min(options.rounds, QUICK_ROUNDS)
+    options.row_s = QUICK_ROW_S if options.quick else None
     if getattr(options, "dtypes", ()) is None:
         options.dtypes = ["bf16"] if options.device == "cuda" else ["fp32", "bf16"]
     if options.threads:
@@ -147,13 +167,15 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def patched_sides(device: str) -> list[str]:
-    """Our sides of a whole model: what ``patch`` gives, or on a GPU where kernels serve on request, each backend.
+    """Our sides of a whole model: what ``patch`` gives, or on a GPU that the table of measurements lacks, each backend.
 
     ``"fastdiff"`` is ``fastdiff.patch(model)``, ``"fastdiff cuda"`` is ``fastdiff.patch(model, backend="cuda")``; each
     on a GPU also with CUDA graphs.
     """
-    asked = {k.backend for op in OPS for k in kernels_of(op) if k.on_request and device != "cpu"}
-    sides = [f"fastdiff {backend}" for backend in BACKENDS if backend in asked] or ["fastdiff"]
+    sides = ["fastdiff"]
+    if device == "cuda" and losses.kind(torch.device(device)) not in losses.fastest:
+        asked = {k.backend for op in OPS for k in kernels_of(op) if k.on_request}
+        sides = [f"fastdiff {backend}" for backend in BACKENDS if backend in asked] or sides
     return [*sides, *(f"{side}, CUDA graphs" for side in sides if device == "cuda")]
 
 
@@ -162,31 +184,51 @@ def wanted(name: str, options: argparse.Namespace) -> bool:
     return not options.filter or any(part.lower() in name.lower() for part in options.filter)
 
 
+class Store:
+    """A section of a result file: what it has, what is kept in it, and how rows compare with another file's."""
+
+    def __init__(self, section: str, options: argparse.Namespace) -> None:
+        self.section = section
+        self.path = result_file(options.device_name, options.device)
+        self.where = environment(options.device)
+        self.asked = ("torch.compile",) if getattr(options, "compile", False) else ()
+
+    def done(self) -> set[RowKey]:
+        """What need not be measured again."""
+        return measured_keys(self.path, self.section, self.where, self.asked)
+
+    def keep(self, row: Row) -> None:
+        save(self.section, [row], self.path, self.where)
+
+    def changes(self, old: dict[str, Any], rows: list[Row]) -> list[Change]:
+        """Between the content of another file and the rows."""
+        entries = [asdict(row) | {"environment": 0} for row in rows]
+        new = {self.section: {"environments": [self.where], "rows": entries}}
+        return compared(old, json.loads(json.dumps(new)))
+
+
 def run_section(
-    section: str, jobs: Sequence[Job], options: argparse.Namespace, show: Callable[[list[Row]], Table]
+    section: str | Store, jobs: Sequence[Job], options: argparse.Namespace, show: Callable[[list[Row]], Table]
 ) -> int:
     """Run, keep, print, and compare with the baseline.
+
+    Args:
+        section: its name, or its store where it has another form than measurements have.
 
     Returns:
         The exit code: 1 if a kernel was wrong, a case failed or something got slower.
     """
     console = Console(width=150)
-    where = environment(options.device)
-    path = result_file(options.device_name, options.device)
-    asked = ("torch.compile",) if getattr(options, "compile", False) else ()
-    done = measured_keys(path, section, where, asked) if options.resume else set()
-
-    def keep(row: Row) -> None:
-        if options.save:
-            save(section, [row], path, where)
-
+    store = Store(section, options) if isinstance(section, str) else section
+    done = store.done() if options.resume else set()
     with ExitStack() as stack:
         progress = stack.enter_context(Progress(console=Console(stderr=True)))
-        task = progress.add_task(section, total=len(jobs))
+        task = progress.add_task(store.section, total=len(jobs))
 
         def advance(name: str) -> None:
-            progress.update(task, advance=1, description=f"{section}: {name}"[:60])
+            progress.update(task, advance=1, description=f"{store.section}: {name}"[:60])
 
+        keep = store.keep if options.save else lambda row: None
         outcome = run_jobs(jobs, keep, done=done, budget_s=options.budget, advance=advance)
     if outcome.rows:
         console.print(show(outcome.rows))
@@ -199,11 +241,8 @@ def run_section(
     for line in bad:
         console.print(f"failed: {line}", style="red", markup=False, highlight=False)
     if options.save and outcome.rows:
-        print(f"wrote {path}")
+        print(f"wrote {store.path}")
     slower = False
     if options.baseline is not None:
-        old = json.loads(options.baseline.read_text())
-        new = {section: {"environments": [where], "rows": [asdict(r) | {"environment": 0} for r in outcome.rows]}}
-        changes = compared(old, json.loads(json.dumps(new)))
-        slower = show_changes(changes, console)
+        slower = show_changes(store.changes(json.loads(options.baseline.read_text()), outcome.rows), console)
     return int(bool(bad) or slower)

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
-Entry = dict[str, Any]
+import _targets
+from _targets import Entry, ours_of, timing_of
+
 MIB = 1 << 20
-
-
-def timing_of(row: Entry, provider: str) -> Entry | None:
-    """One provider's timing, if it has one."""
-    return next((t for t in row["timings"] if t["provider"] == provider), None)
-
-
-def ours_of(row: Entry) -> list[Entry]:
-    """Our timings."""
-    return [t for t in row["timings"] if t["provider"].startswith("fastdiff")]
 
 
 def best_of(row: Entry) -> Entry | None:
@@ -38,14 +29,6 @@ def ratio(timing: Entry | None) -> str:
     return f"{f'**{text}**' if timing['ratio'] < 1.0 else text} ({timing['ratio_low']:.2f}-{timing['ratio_high']:.2f})"
 
 
-def target(row: Entry) -> str:
-    """The target, and whether it was missed (:func:`best_of`)."""
-    if not row.get("target"):
-        return ""
-    best = best_of(row)
-    return f"{row['target']:g}{'' if best and best['ratio'] >= row['target'] else ' (missed)'}"
-
-
 def lines(columns: str, rows: Iterable[Iterable[str]], left: int) -> str:
     """A Markdown table; all columns but the first ``left`` ones are numbers."""
     names = columns.split("|")
@@ -64,7 +47,7 @@ def kernels(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
             row["name"] + note, row["extra"].get("of", ""), row["dtype"], row["allocator"], *run(row),
             f"{row['timings'][0]['median_ms']:.3f}", f"{best['median_ms']:.3f}" if best else "",
             f"{floor:.3f}" if floor else "", f"{floor / best['median_ms']:.0%}" if floor and best else "",
-            *(ratio(timing_of(row, p)) for p in providers), target(row),
+            *(ratio(timing_of(row, p)) for p in providers), _targets.text(row, brief=True),
         ]  # fmt: skip
 
     runs = ["run"] * len(run(rows[0]))
@@ -82,34 +65,40 @@ def models(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
 
     def cells(row: Entry) -> list[str]:
         eager, best = row["timings"][0], best_of(row)
+        floor = row["floor_ms"]
         tuned = of_key.get((row["name"], row["dtype"], "tuned"))
         ours = timing_of(tuned, "fastdiff") if tuned else None
         raised = [ratio(ours), f"{eager['median_ms'] / ours['median_ms']:.2f}" if ours else ""] if both else []
         return [
             row["name"], row["dtype"], *run(row), f"{eager['median_ms'] / 1e3:.3g}",
-            f"{best['median_ms'] / 1e3:.3g}" if best else "", f"{row['floor_ms'] / 1e3:.2g}" if row["floor_ms"] else "",
-            *(ratio(timing_of(row, p)) for p in providers), target(row), *raised,
+            f"{best['median_ms'] / 1e3:.3g}" if best else "", f"{floor / 1e3:.2g}" if floor else "",
+            f"{floor / best['median_ms']:.0%}" if floor and best else "",
+            *(ratio(timing_of(row, p)) for p in providers), _targets.text(row), *raised,
         ]  # fmt: skip
 
     runs = ["run"] * len(run(rows[0]))
     raised = ["both with raised thresholds", "patched + raised / eager"] if both else []
-    columns = ["model", "dtype", *runs, "eager s", "fastdiff s", "floor s", *providers, "target", *raised]
+    columns = ["model", "dtype", *runs, "eager s", "fastdiff s", "floor s", "of the floor", *providers, "target",
+               *raised]  # fmt: skip
     return lines("|".join(columns), map(cells, stock), 2 + len(runs))
 
 
 def cold_start(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
     """Seconds of every phase of a cold start."""
+    aims = ["targets"] if any(row["extra"].get("targets") for row in rows) else []
 
     def of_row(row: Entry) -> Iterable[list[str]]:
         for timing in row["timings"]:
-            phases = row["extra"]["phases"][timing["provider"]]
+            side = timing["provider"]
+            phases = row["extra"]["phases"][side]
             interval = f"{timing['median_ms'] / 1e3:.2f} ({timing['low_ms'] / 1e3:.2f}-{timing['high_ms'] / 1e3:.2f})"
-            yield [row["name"], row["dtype"], *run(row), timing["provider"], interval,
-                   *(f"{phases[name][0]:.2f}" for name in phases)]  # fmt: skip
+            yield [row["name"], row["dtype"], *run(row), side, interval,
+                   *(f"{phases[name][0]:.2f}" for name in phases),
+                   *(_targets.text(row, side) for _ in aims)]  # fmt: skip
 
     names = list(next(iter(rows[0]["extra"]["phases"].values())))
     runs = ["run"] * len(run(rows[0]))
-    columns = ["pipeline", "dtype", *runs, "side", "until the first picture, s", *names]
+    columns = ["pipeline", "dtype", *runs, "side", "until the first picture, s", *names, *aims]
     return lines("|".join(columns), (c for row in rows for c in of_row(row)), 3 + len(runs))
 
 
@@ -137,10 +126,10 @@ def overhead(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
     runs = ["run"] * len(run(rows[0]))
     found = (
         [row["name"], *run(row), str(row["extra"]["kernels"]), *(f"{t['median_ms'] * 1e3:.1f}" for t in row["timings"]),
-         f"{row['extra']['overhead_us']:.1f}"]
+         f"{row['extra']['overhead_us']:.1f}", _targets.text(row) if row["extra"].get("targets") else ""]
         for row in rows
     )  # fmt: skip
-    columns = ["layer", *runs, "kernels", "stock us", "patched us", "bare us", "on top, per kernel, us"]
+    columns = ["layer", *runs, "kernels", "stock us", "patched us", "bare us", "on top, per kernel, us", "target"]
     return lines("|".join(columns), found, 1 + len(runs))
 
 
@@ -149,7 +138,7 @@ def schedulers(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
     runs = ["run"] * len(run(rows[0]))
     found = (
         [row["name"], *run(row), *(f"{t['median_ms'] * 1e3:.0f}" for t in row["timings"]), ratio(row["timings"][1]),
-         target(row)]
+         _targets.text(row)]
         for row in rows
     )  # fmt: skip
     return lines("|".join(["sampler", *runs, "stock us", "fastdiff us", "speed-up", "target"]), found, 1 + len(runs))

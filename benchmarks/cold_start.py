@@ -79,6 +79,14 @@ def child(options: argparse.Namespace) -> dict[str, object]:
     return {"seconds": seconds, "pictures": [[p.mean().item(), p.std().item()] for p in pictures]}
 
 
+def gpu_targets(device: str) -> list[dict[str, object]]:
+    """On a GPU, in seconds; drawing is part of a change of size or LoRA."""
+    from _targets import Target, as_extra
+
+    changes = (Target("seconds", 0.5, about=phase) for phase in ("new size", "other LoRA"))
+    return as_extra(Target("more seconds", 3.0), *changes) if device == "cuda" else []
+
+
 def name_of(options: argparse.Namespace) -> str:
     """Of the row."""
     unet = f"U-Net {options.channels}" if options.channels else "SD1.5"
@@ -125,7 +133,8 @@ def measure(options: argparse.Namespace, dtype: str) -> object:
         if any(abs(a - b) > 0.02 for p, q in zip(pictures[side], pictures["eager"], strict=True)
                for a, b in zip(p, q, strict=True))
     ]  # fmt: skip
-    return Row(name_of(options), dtype, "stock", timings, extra={"phases": phases, "left_out": absent, "wrong": wrong})
+    extra = {"phases": phases, "left_out": absent, "wrong": wrong, "targets": gpu_targets(options.device)}
+    return Row(name_of(options), dtype, "stock", timings, extra=extra)
 
 
 def show(rows: list) -> object:

@@ -3,8 +3,9 @@
     python -m fastdiff bench compare old.json new.json
 
 A provider is judged by its ratio to eager in the same run, which a slower moment of the machine leaves alone; eager
-itself, and what has no ratio, by its time. It got slower if the 95 % intervals of the two runs do not overlap and the
-medians differ by more than the margin: between processes on a shared machine a ratio moves more than within one.
+itself, and what has no ratio, by its time, or its peak of memory. It got slower if the 95 % intervals of the two runs
+do not overlap and the medians differ by more than the margin: between processes on a shared machine a ratio moves more
+than within one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from rich.table import Table
 
 #: The least relative change of a median that counts.
 MARGIN = 0.05
+#: How the names of our providers begin.
+OURS = ("fastdiff", "patched")
+#: By name: median, low, high; more is faster.
+Speeds = dict[str, tuple[float, float, float]]
 
 
 @dataclass(frozen=True)
 class Change:
-    """One provider of one row, in both runs. ``factor`` is the new speed / the old speed."""
+    """One number of one row, in both runs. ``factor`` is the new speed / the old speed."""
 
     section: str
     name: str
@@ -45,16 +50,31 @@ def judge(old: tuple[float, float, float], new: tuple[float, float, float], marg
     return "same"
 
 
-def _speed(timing: dict[str, Any], baseline: bool) -> tuple[float, float, float] | None:
-    if not baseline:
-        return timing["ratio"], timing["ratio_low"], timing["ratio_high"]
-    if not timing.get("low_ms"):
-        return None  # from before intervals of times were kept
-    return 1 / timing["median_ms"], 1 / timing["high_ms"], 1 / timing["low_ms"]
+def _numbers(row: dict[str, Any]) -> tuple[Speeds, Speeds]:
+    """(median, low, high) of what a row has measured, as speeds: ratios to eager, and absolute ones.
+
+    Absolute are the baseline's time, the phases of a cold start after the first picture, and peak memory, whose inverse
+    stands for a speed.
+    """
+    ratios: Speeds = {}
+    absolute: Speeds = {}
+    for index, timing in enumerate(row["timings"]):
+        if index:
+            ratios[timing["provider"]] = timing["ratio"], timing["ratio_low"], timing["ratio_high"]
+        elif timing.get("low_ms"):  # else from before intervals of times were kept
+            absolute[timing["provider"]] = 1 / timing["median_ms"], 1 / timing["high_ms"], 1 / timing["low_ms"]
+    for side, phases in row["extra"].get("phases", {}).items():
+        for phase in ("new size", "other LoRA"):
+            median, low, high = phases[phase]
+            absolute[f"{side}, {phase}"] = 1 / median, 1 / high, 1 / low
+    for side, found in row["extra"].get("bytes", {}).items():
+        peak = 1 / max(found["peak"], 1)
+        absolute[f"{side}, peak memory"] = peak, peak, peak
+    return ratios, absolute
 
 
 def compared(old: dict[str, Any], new: dict[str, Any], margin: float = MARGIN) -> list[Change]:
-    """All providers of all rows that both results have."""
+    """All that both results have; absolute numbers only where both are of the same device."""
     changes = []
     for section in [s for s in new if s in old and "environments" in new[s]]:
         before = {key_of(row): row for row in rows_of(old[section])}
@@ -62,16 +82,13 @@ def compared(old: dict[str, Any], new: dict[str, Any], margin: float = MARGIN) -
             earlier = before.get(key_of(row))
             if earlier is None:
                 continue
-            timings = {t["provider"]: t for t in earlier["timings"]}
-            same_device = earlier["environment"].get("cpu") == row["environment"].get("cpu")
-            for index, timing in enumerate(row["timings"]):
-                if timing["provider"] not in timings or (index == 0 and not same_device):
-                    continue
-                pair = _speed(timings[timing["provider"]], index == 0), _speed(timing, index == 0)
-                if pair[0] is None or pair[1] is None:
-                    continue
-                changes.append(Change(section, row["name"], row["dtype"], timing["provider"], pair[1][0] / pair[0][0],
-                                      judge(pair[0], pair[1], margin)))  # fmt: skip
+            same = all(earlier["environment"].get(k) == row["environment"].get(k) for k in ("cpu", "gpu"))
+            for then, now in list(zip(_numbers(earlier), _numbers(row), strict=True))[: 2 if same else 1]:
+                changes += [
+                    Change(section, row["name"], row["dtype"], what, now[what][0] / then[what][0],
+                           judge(then[what], now[what], margin))
+                    for what in now if what in then
+                ]  # fmt: skip
     return changes
 
 
@@ -91,7 +108,7 @@ def show_changes(changes: list[Change], console: Console) -> bool:
         color = "red" if c.verdict == "slower" else "green"
         table.add_row(c.section, c.name, c.dtype, c.provider, f"[{color}]{c.factor:.2f}[/]")
     console.print(table)
-    return any(c.verdict == "slower" and c.provider.startswith("fastdiff") for c in moved)
+    return any(c.verdict == "slower" and c.provider.startswith(OURS) for c in moved)
 
 
 def main() -> int:

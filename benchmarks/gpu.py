@@ -19,15 +19,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cold_start
+import model_cases
 import torch
 from _results import load, result_file, rows_of
 from _tables import best_of
+from _targets import Verdict, verdicts
 from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 #: A phase with less time than this is not begun: its process would only import.
 LEAST_S = 20.0
+COLORS = {"reached": "green", "missed": "red", "not measured": "yellow"}
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,7 @@ PHASES = (
     Phase("cold start", 0.4, ("cold_start.py", "--rounds", "1")),
     Phase("memory", 0.3, ("memory.py",)),
     Phase("models, compiled", 0.6, ("models.py", "--quick", "--compile")),
+    Phase("kernels, other dtypes", 0.5, ("kernels.py", "--quick", "--dtypes", "fp16", "fp32")),
     Phase("kernels, compiled", 1.0, ("kernels.py", "--quick", "--compile")),
 )
 
@@ -110,13 +115,49 @@ def summary(sections: dict[str, Any], became: dict[str, str]) -> Table:
     for name, body in sections.items():
         rows = rows_of(body)
         ratios = [best["ratio"] for row in rows if (best := best_of(row))]
-        aims = [(row["target"], best["ratio"]) for row in rows if row["target"] and (best := best_of(row))]
+        aims = [verdict for row in rows for verdict in verdicts(row)]
         table.add_row(
             name, str(len(rows)),
             f"{statistics.median(ratios):.2f}" if ratios else "", f"{min(ratios):.2f}" if ratios else "",
             str(sum(r < 1 for r in ratios)) if ratios else "",
-            f"{sum(ratio >= aim for aim, ratio in aims)} of {len(aims)}" if aims else "",
+            f"{sum(v.met for v in aims)} of {len(aims)}" if aims else "",
         )  # fmt: skip
+    return table
+
+
+def _rows_with_targets(sections: dict[str, Any], device: str) -> list[dict[str, Any]]:
+    """Of models and cold start, those that were not measured among them."""
+    measured = {name: rows_of(sections[name]) if name in sections else [] for name in ("models", "cold start")}
+    here = "cuda" if device == "cuda" else "fp32"
+    rows = []
+    for case in model_cases.cases():
+        of_case = [row for row in measured["models"] if row["name"] == case.name]
+        absent = {"name": case.name, "timings": [], "target": case.target(device, here),
+                  "extra": {"targets": case.further_targets(device)}}  # fmt: skip
+        rows += of_case or [absent]
+    started = {"name": "cold start", "timings": [], "extra": {"targets": cold_start.gpu_targets(device)}}
+    return [*rows, *(measured["cold start"] or [started])]
+
+
+def targets(sections: dict[str, Any], device: str) -> Table:
+    """What is to be reached, and whether it is: models and cold start one by one, kernels by what they are held to."""
+    table = Table(title="targets")
+    for column in ("of", "side", "what", "target", "reached", "verdict"):
+        table.add_column(column, justify="right" if column in ("target", "reached") else "left")
+    for row in _rows_with_targets(sections, device):
+        for v in verdicts(row):
+            reached = "" if v.reached is None else f"{v.reached:.2f}"
+            table.add_row(row["name"], v.of, v.what, f"{v.value:g}", reached, f"[{COLORS[v.said]}]{v.said}[/]")
+    grouped: dict[tuple[str, str, float], list[Verdict]] = {}
+    for row in rows_of(sections["kernels"]) if "kernels" in sections else ():
+        for v in verdicts(row):
+            grouped.setdefault((v.of, v.what, v.value), []).append(v)
+    for (of, what, value), found in sorted(grouped.items()):
+        known = [v.reached for v in found if v.reached is not None]
+        said = "not measured" if not known else "reached" if all(v.met for v in found) else "missed"
+        counts = f"[{COLORS[said]}]{said}[/]: {sum(v.met for v in found)} of {len(found)} kernels"
+        # The least is the worst: what kernels are held to are speeds and shares.
+        table.add_row("kernels", of, what, f"{value:g}", f"{min(known):.2f} at worst" if known else "", counts)
     return table
 
 
@@ -129,11 +170,13 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench gpu: torch sees no CUDA GPU", file=sys.stderr)
         return 2
-    became = run_phases(options.budget, options.device)
-    console = Console(width=120)
-    console.print(summary(load(result_file(None, options.device)), became))
+    became = run_phases(options.budget, options.device, run=run_process)
+    console, sections = Console(width=140), load(result_file(None, options.device))
+    console.print(targets(sections, options.device))
+    console.print(summary(sections, became))
     if {"cut", "no time"} & set(became.values()):
         console.print("the time was over before the end: run it again, it goes on with the rows that are missing")
+    console.print("python -m fastdiff bench report brings the results into the pages and the choice of kernels")
     return int("failed" in became.values())
 
 

@@ -6,23 +6,26 @@ decoder, DiT-XL/2 at 256 and 512, SD3.5 medium and large and Flux dev at 1024, W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _targets import Target
 from torch import Tensor
 
 from fastdiff import ops
 
 #: A case with more work than this takes a CPU minutes; it runs there only where --filter names it.
 CPU_FLOPS, CPU_VALUES = 6e10, 1 << 26
-GPU_TARGETS = {
-    "attention [1,1,16384,512] x 16384 keys": {"bf16": 2.0},
-    "attention [2,8,4096,40] x 77 keys": {"bf16": 1.5},
-}
+#: Speed over torch's own attention on a GPU, by head dimension; at others that is chosen where it wins.
+GPU_ATTENTION = {40: 1.15, 72: 1.15, 80: 1.15, 88: 1.0, 160: 1.0, 512: 2.0}
+GPU_77_KEYS = 1.5
+#: Share of the copy bandwidth, of what is bound by memory and has tensors of this size.
+GPU_BANDWIDTH = {"cuda": 0.85, "triton": 0.8}
+LARGE = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Case:
         targets: dtype name -> the eager/ours ratio this project set itself.
         flops: 0 for what is bound by memory.
         values: elements of the largest tensor.
-        kwargs: options that :mod:`other_libraries` needs to know of.
+        kwargs: options that :mod:`other_libraries` and targets need to know of.
     """
 
     op: str
@@ -171,7 +174,8 @@ def attention(of: str, b: int, h: int, sq: int, d: int, sk: int, **targets: floa
         return o.transpose(1, 2).contiguous()
 
     return Case("attention", f"attention [{b},{h},{sq},{d}] x {sk} keys", of, make, eager, ops.attention, targets,
-                flops=4 * b * h * sq * sk * d, values=b * h * sq * d)  # fmt: skip
+                flops=4 * b * h * sq * sk * d, values=b * h * sq * d,
+                kwargs={"depth": d, "keys": sk})  # fmt: skip
 
 
 def qk_norm_rope(of: str, b: int, s: int, h: int, d: int, text: int = 0, rope: bool = True, wan: bool = False) -> Case:
@@ -292,13 +296,32 @@ def cases() -> Iterator[Case]:
 
 
 def gpu_cases() -> Iterator[Case]:
-    """The layers of the models, with a GPU's targets, and attention where others pad head dimensions or few keys.
-
-    What is bound by memory has its floor in the table instead of a target.
-    """
+    """The layers of the models, with a GPU's targets, and attention where others pad head dimensions or few keys."""
     for case in cases():
-        yield replace(case, targets=GPU_TARGETS.get(case.name, {}))
-    for depth, target in ((40, 1.15), (64, 1.0), (72, 1.15), (80, 1.15), (96, 1.0), (128, 1.0), (160, 1.0)):
-        yield attention("a sweep of head dimensions", 2, 16, 4096, depth, 4096, bf16=target)
+        yield replace(case, targets=_gpu_attention(case))
+    for depth in (40, 64, 72, 80, 88, 96, 128, 160):
+        case = attention("a sweep of head dimensions", 2, 16, 4096, depth, 4096)
+        yield replace(case, targets=_gpu_attention(case))
     for depth, keys in ((64, 77), (40, 154), (64, 154), (40, 300), (64, 300), (40, 512), (64, 512)):
-        yield attention("a sweep of few keys", 2, 8, 4096, depth, keys, bf16=1.5 if keys == 77 else 1.0)
+        case = attention("a sweep of few keys", 2, 8, 4096, depth, keys)
+        yield replace(case, targets=_gpu_attention(case))
+
+
+def _gpu_attention(case: Case) -> dict[str, float]:
+    if case.op != "attention":
+        return {}
+    target = GPU_77_KEYS if case.kwargs["keys"] == 77 else GPU_ATTENTION.get(case.kwargs["depth"])
+    return dict.fromkeys(("bf16", "fp16"), target) if target else {}
+
+
+def memory_targets(case: Case, itemsize: int, backends: Iterable[str]) -> list[Target]:
+    """What the kernels of these backends are to reach on a GPU where memory is the limit, beside their speed-up."""
+    if case.flops:
+        return []
+    of = {backend: f"fastdiff {backend}" for backend in backends if backend in GPU_BANDWIDTH}
+    found = [Target("speed", 1.0, about="torch.compile", of=name) for name in of.values()]
+    if len(of) > 1:
+        found.append(Target("speed", 1.0, about=of["triton"], of=of["cuda"]))
+    if case.values * itemsize >= LARGE:
+        found += [Target("bandwidth", GPU_BANDWIDTH[backend], of=name) for backend, name in of.items()]
+    return found

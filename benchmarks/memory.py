@@ -22,7 +22,7 @@ from _children import ChildFailed, patch_options, run_child
 from _harness import DTYPES
 from _results import Row
 from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
-from model_cases import cases, named, parts_of
+from model_cases import cases, compiled_parts, named, parts_of
 from rich.table import Table
 
 import fastdiff
@@ -79,7 +79,8 @@ def child(options: argparse.Namespace) -> dict[str, int]:
         if options.side.startswith("fastdiff"):
             fastdiff.patch(model, **patch_options(options.side))
         elif options.side == "torch.compile":
-            model.compile()
+            for part in compiled_parts(model):
+                part.compile()
         case.call(model, **inputs)
         first = whole.bytes()
         again = Peak(options.device)

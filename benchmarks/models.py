@@ -15,6 +15,7 @@ import gc
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -23,7 +24,8 @@ from _children import patch_options
 from _harness import DTYPES, MODEL_SAMPLES, Rates, compare
 from _results import Row
 from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
-from model_cases import ModelCase, cases, parts_of
+from _targets import text, verdicts
+from model_cases import ModelCase, cases, compiled_parts, parts_of
 from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -44,35 +46,42 @@ class Sides:
     """One model, brought from one provider's state to another's.
 
     Attributes:
-        prepare: provider -> what makes the model that provider's, not timed.
-        forward: provider -> the call that is timed.
+        prepare: provider -> what makes the model that provider's, not timed; :meth:`call` is.
     """
 
     def __init__(self, case: ModelCase, model: Any, inputs: dict[str, Any], dtype_name: str, device: str,
                  with_compile: bool) -> None:  # fmt: skip
-        self.case, self.model, self.inputs = case, model, inputs
-        self.prepare: dict[str, Callable[[], Any]] = {}
-        self.forward: dict[str, Callable[[], Tensor]] = {}
-        self.add("eager", self.stock)
+        self.case, self.model, self.inputs, self.parts = case, model, inputs, compiled_parts(model)
+        self.prepare: dict[str, Callable[[], Any]] = {"eager": self.stock}
         packed = ["fastdiff, packed weights"] if device == "cpu" and dtype_name != "fp32" else []  # refused in fp32
         for side in (*patched_sides(device), *packed):
-            self.add(side, partial(self.patched, **patch_options(side)))
+            self.prepare[side] = partial(self.patched, **patch_options(side))
         if with_compile:
             for mode in ("default", "max-autotune"):
                 name = "torch.compile" if mode == "default" else f"torch.compile {mode}"
-                self.add(name, self.stock, torch.compile(self.call, mode=mode, dynamic=False))
-
-    def add(self, name: str, prepare: Callable[[], Any], forward: Callable[[], Tensor] | None = None) -> None:
-        self.prepare[name], self.forward[name] = prepare, forward or self.call
+                calls = [torch.compile(part._call_impl, mode=mode, dynamic=False) for part in self.parts]
+                self.prepare[name] = partial(self.compiled, calls)
 
     def call(self) -> Tensor:
         return self.case.call(self.model, **self.inputs)
 
     def stock(self) -> None:
+        self.call_through(None)
         if any(patch_of(part) is not None for part in (self.model, *parts_of(self.model))):
             fastdiff.unpatch(self.model)
 
+    def compiled(self, calls: list[Callable[..., Any]]) -> None:
+        self.stock()
+        self.call_through(calls)
+
+    def call_through(self, calls: list[Callable[..., Any]] | None) -> None:
+        """What ``nn.Module.compile`` sets, with calls that are compiled already, or ``None`` to go back."""
+        for part, call in zip(self.parts, calls or [None] * len(self.parts), strict=True):
+            if part._compiled_call_impl is not call:
+                part._compiled_call_impl = call
+
     def patched(self, **options: Any) -> None:
+        self.call_through(None)
         fastdiff.patch(self.model, **options)
         for _ in range(2 if options else 0):
             self.call()  # packs weights, compiles Triton's kernels; the second call captures graphs
@@ -92,12 +101,12 @@ def measure(case: ModelCase, dtype_name: str, options: argparse.Namespace, rates
         try:
             sides.prepare[name]()
             prepared = time.perf_counter() - start
-            difference = ((sides.forward[name]().float() - reference).norm() / reference.norm()).item()
+            difference = ((sides.call().float() - reference).norm() / reference.norm()).item()
         except Exception as error:  # a compiler's failure, or no memory for one side: the others go on
             extra["left_out"][name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             if name.startswith("fastdiff"):
                 extra["wrong"].append(f"{name}: {extra['left_out'][name]}")
-            del sides.prepare[name], sides.forward[name]
+            del sides.prepare[name]
             continue
         # Patching alone, and until the first result is there: a compiler works when it is called.
         extra["setup_s"][name] = [round(prepared, 3), round(time.perf_counter() - start, 3)]
@@ -105,14 +114,14 @@ def measure(case: ModelCase, dtype_name: str, options: argparse.Namespace, rates
         if name.startswith("fastdiff") and not difference <= (1e-3 if dtype_name == "fp32" else 0.2):
             extra["wrong"].append(f"{name}: differs from eager by {difference:.2g}")
     del reference
-    timings = compare(sides.forward, rounds=options.rounds, min_sample_s=0.0, warmup=0, before=sides.prepare,
-                      sample=MODEL_SAMPLES[device])  # fmt: skip
+    timings = compare(dict.fromkeys(sides.prepare, sides.call), rounds=options.rounds, min_sample_s=0.0, warmup=0,
+                      before=sides.prepare, sample=MODEL_SAMPLES[device], limit_s=options.row_s)  # fmt: skip
     weights = sum(p.numel() * p.element_size() for part in parts_of(model) for p in part.parameters())
     flops = counter.get_total_flops()
-    extra["weights_bytes"] = weights
+    extra |= {"weights_bytes": weights, "targets": case.further_targets(device)}
     row = Row(case.name, dtype_name, options.allocator, timings, weights, flops,
               rates.floor_ms(weights, flops, dtype_name),
-              case.targets.get("cuda" if device == "cuda" else dtype_name), extra=extra)  # fmt: skip
+              case.target(device, dtype_name), extra=extra)  # fmt: skip
     del model, sides  # a patched model refers to itself
     gc.collect()
     return row
@@ -121,17 +130,21 @@ def measure(case: ModelCase, dtype_name: str, options: argparse.Namespace, rates
 def show(rows: list[Row]) -> Table:
     """Ratios of one process."""
     table = Table(title="eager time / provider time, same process (95 % interval)")
-    for column in ("model", "dtype", "allocator", "eager ms", "floor ms", "fastdiff", "others", "target", "differs"):
+    for column in ("model", "dtype", "allocator", "eager ms", "floor ms", "of floor", "fastdiff", "others", "target",
+                   "differs"):  # fmt: skip
         table.add_column(column, justify="left" if column in ("model", "dtype", "allocator", "others") else "right")
     for row in rows:
         eager, *rest = row.timings
         ours = [t for t in rest if t.provider.startswith("fastdiff")]
-        color = "red" if any(t.ratio < (row.target or 1.0) for t in ours[:1]) else "green"
+        best = max(ours, key=lambda t: t.ratio, default=None)
+        missed = best is None or best.ratio < 1.0 or any(v.said == "missed" for v in verdicts(asdict(row)))
+        color = "red" if missed else "green"
         names = "\n".join(f"{t.ratio:.2f} ({t.ratio_low:.2f}-{t.ratio_high:.2f}) {t.provider[9:]}" for t in ours)
         table.add_row(
             row.name, row.dtype, row.allocator, f"{eager.median_ms:.1f}", f"{row.floor_ms:.1f}",
-            f"[{color}]{names}[/]", ", ".join(f"{t.provider} {t.ratio:.2f}" for t in rest if t not in ours),
-            f"{row.target:g}" if row.target else "", f"{max(row.extra['difference'].values(), default=0):.1e}",
+            f"{row.floor_ms / best.median_ms:.0%}" if best else "", f"[{color}]{names}[/]",
+            ", ".join(f"{t.provider} {t.ratio:.2f}" for t in rest if t not in ours),
+            text(asdict(row)), f"{max(row.extra['difference'].values(), default=0):.1e}",
         )  # fmt: skip
     return table
 

@@ -1,6 +1,6 @@
 """Host time that a patched layer adds to the operations it consists of: checks, the choice of a kernel, the report.
 
-    python benchmarks/overhead.py [--save]
+    python -m fastdiff bench overhead [--save]
 
 Layers and inputs are so small that a call is nearly all host time. "bare" makes the calls a patched layer makes (its
 linear layers and convolutions, and the kernels directly, already chosen) and nothing else.
@@ -9,19 +9,22 @@ linear layers and convolutions, and the kernels directly, already chosen) and no
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _harness import compare
-from _results import Row, result_file, save
+from _results import Row, result_file
+from _runner import Job, add_options, prepare, run_section, wanted
+from _targets import Target, as_extra, verdicts
 from diffusers.models.activations import GEGLU
 from diffusers.models.attention_processor import Attention
 from diffusers.models.normalization import AdaLayerNormZero
 from diffusers.models.resnet import ResnetBlock2D
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -119,8 +122,9 @@ def measure(layer: Layer, rounds: int) -> Row:
         rounds=rounds,
     )
     _, patched, bare = (t.median_ms * 1e3 for t in timings)
-    extra = {"kernels": layer.kernels, "overhead_us": (patched - bare) / layer.kernels}
-    return Row(layer.name, "fp32", "stock", timings, target=TARGET_US, extra=extra)
+    extra = {"kernels": layer.kernels, "overhead_us": (patched - bare) / layer.kernels,
+             "targets": as_extra(Target("overhead", TARGET_US))}  # fmt: skip
+    return Row(layer.name, "fp32", "stock", timings, extra=extra)
 
 
 def show(rows: list[Row]) -> Table:
@@ -129,28 +133,31 @@ def show(rows: list[Row]) -> Table:
     for column in ("layer", "kernels", "stock", "patched", "bare", "on top, per kernel"):
         table.add_column(column, justify="left" if column == "layer" else "right")
     for row in rows:
-        color = "red" if row.extra["overhead_us"] > TARGET_US else "green"
+        color = "green" if all(v.met for v in verdicts(asdict(row))) else "red"
         times = (f"{t.median_ms * 1e3:.1f}" for t in row.timings)
         table.add_row(row.name, str(row.extra["kernels"]), *times, f"[{color}]{row.extra['overhead_us']:.1f}[/]")
     return table
 
 
-def main() -> None:
+LAYERS = {"GEGLU": _geglu, "AdaLayerNormZero": _ada_layer_norm_zero, "ResnetBlock2D": _resnet, "Attention": _attention}
+
+
+def main() -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=31)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/<device>.json")
-    parser.add_argument("--device-name", default=None, help="name of the result file")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser, rounds=31, dtypes=False, devices=("cpu",))
+    parser.set_defaults(threads=1)  # nothing here is large enough to share
     options = parser.parse_args()
-    device = result_file(options.device_name)
-    torch.set_num_threads(1)  # nothing here is large enough to share
+    options.device_name = options.device_name or result_file(None).stem  # named by all threads, as other sections are
+    prepare(options)
+
+    def row(name: str) -> Row:
+        return replace(measure(LAYERS[name](), options.rounds), allocator=options.allocator)
+
+    jobs = [Job(name, "fp32", options.allocator, partial(row, name)) for name in LAYERS if wanted(name, options)]
     with torch.no_grad():
-        rows = [measure(make(), options.rounds) for make in (_geglu, _ada_layer_norm_zero, _resnet, _attention)]
-    Console().print(show(rows))
-    if options.save:
-        save("overhead", rows, device)
-        print(f"wrote {device}")
+        return run_section("overhead", jobs, options, show)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

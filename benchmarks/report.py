@@ -20,6 +20,9 @@ from _plots import plots
 from _results import RESULTS, load, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Sections that a GPU has too, and what stands there until one has.
+ON_GPU = ("kernels", "models", "cold start", "memory")
+NO_GPU = "GPU: not measured yet; `make gpu` on a machine with one adds its table here."
 PLOTS = ROOT / "docs"
 PAGES = (ROOT / "README.md", PLOTS / "kernels.md", PLOTS / "benchmarks.md")
 TABLES: dict[str, Callable[..., str]] = {
@@ -73,13 +76,20 @@ def _pipelines() -> str:
     return f"{said}\n\n{_tables.pipelines(section['rows'])}"
 
 
+def _of_gpu(rows: list[dict[str, Any]]) -> bool:
+    return any(row["environment"].get("gpu") for row in rows)
+
+
 def blocks() -> dict[str, str]:
     """What stands between each pair of markers."""
     measured = results()
     found = {"pipelines": _pipelines()}
     for name, table in TABLES.items():
         parts = [_table(table, sections[name]) for sections in measured.values() if sections.get(name)]
-        found[name] = "\n\n".join(parts) or "Not measured yet."
+        parts = parts or ["Not measured yet."]
+        if name in ON_GPU and not any(_of_gpu(sections.get(name, [])) for sections in measured.values()):
+            parts.append(NO_GPU)
+        found[name] = "\n\n".join(parts)
     lost = [
         (device, *cells)
         for device, sections in measured.items()

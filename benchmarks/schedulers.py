@@ -3,9 +3,7 @@
 A generation of 20 steps, ``set_timesteps`` counted, divided by its steps. The sample is small, so that the time is the
 host's and not the arithmetic's: on a GPU that is what a fast denoiser waits for.
 
-    python benchmarks/schedulers.py                  # all; saves into benchmarks/results/<device>.json
-    python benchmarks/schedulers.py --quick          # few rounds, nothing saved
-    python benchmarks/schedulers.py --only UniPC LMS
+    python -m fastdiff bench schedulers [--filter UniPC LMS] [--quick] [--save]
 """
 
 from __future__ import annotations
@@ -16,13 +14,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from _harness import compare
-from _results import Row, Timing, result_file, save
-from rich.console import Console
+from _results import Row, Timing
+from _runner import Job, add_options, prepare, run_section, wanted
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "schedulers"))
@@ -87,30 +86,12 @@ def _per_step(t: Timing, steps: int) -> Timing:
     return replace(t, median_ms=t.median_ms / steps, low_ms=t.low_ms / steps, high_ms=t.high_ms / steps)
 
 
-def main() -> int:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="few rounds; saves nothing")
-    parser.add_argument("--only", nargs="+", default=[], help="parts of the names wanted; saves these rows only")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--device", help="name of the result file; made from the CPU's features unless given")
-    arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(arguments.threads)
-    from trajectory import AVAILABLE
-
-    cases = [(LABELS.get(n, n.removesuffix("Scheduler")), n, {}) for n in AVAILABLE] + OPTIONS
-    rows = []
-    for label, name, config in cases:
-        if not arguments.only or any(part.lower() in label.lower() for part in arguments.only):
-            rows.append(measure(label, name, config, 3 if arguments.quick else 15))
-    Console().print(_table(rows))
-    if not arguments.quick:
-        save("schedulers", rows, result_file(arguments.device))
-    return 0
+def _row(label: str, name: str, config: dict[str, Any], options: argparse.Namespace) -> Row:
+    return replace(measure(label, name, config, options.rounds), allocator=options.allocator)
 
 
-def _table(rows: list[Row]) -> Table:
+def show(rows: list[Row]) -> Table:
+    """Microseconds per step."""
     table = Table(title=f"host time per step, {STEPS} steps and set_timesteps", title_justify="left")
     table.add_column("scheduler")
     for column in ("stock us", "fastdiff us", "stock / fastdiff", "target"):
@@ -122,6 +103,25 @@ def _table(rows: list[Row]) -> Table:
         table.add_row(row.name, f"{stock.median_ms * 1e3:.1f}", f"{fused.median_ms * 1e3:.1f}", ratio,
                       f"{row.target:g}" if row.target else "", style=style)
     return table
+
+
+def main() -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser, rounds=15, dtypes=False, devices=("cpu",))
+    parser.set_defaults(threads=os.cpu_count())
+    options = parser.parse_args()
+    prepare(options)
+    warnings.simplefilter("ignore")
+    from trajectory import AVAILABLE
+
+    cases = [(LABELS.get(n, n.removesuffix("Scheduler")), n, {}) for n in AVAILABLE] + OPTIONS
+    jobs = [
+        Job(label, "fp32", options.allocator, partial(_row, label, name, config, options))
+        for label, name, config in cases
+        if wanted(f"{label} {name}", options)
+    ]
+    return run_section("schedulers", jobs, options, show)
 
 
 if __name__ == "__main__":

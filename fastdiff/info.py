@@ -141,7 +141,7 @@ def _backend(name: str) -> Backend:
     else:
         detail = ", in the interpreter" if triton.INTERPRETED else ""
     if name in ("cpu", "cuda"):
-        detail += f"; {losses.standing(torch.device(name))}"
+        detail += f"; {losses.standing(name, torch.device(name))}"
     if any(kernel.on_request for op in served for kernel in kernels_of(op) if kernel.backend == name):
         gpus = {losses.kind(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
         if not gpus & losses.fastest.keys():

@@ -1,4 +1,4 @@
-"""What was measured: the fastest backend by kind of device and op, and the sizes at which a kernel is no gain.
+"""What was measured: the fastest backend by kind of device, op and dtype, and the sizes at which a kernel is no gain.
 
 The table is ``losses.json``, which ``python -m fastdiff bench report`` writes from ``benchmarks/results``: a kind of
 device, a backend and an op, and the sizes at which eager (for attention torch's own) was faster, beyond noise, in all
@@ -22,6 +22,8 @@ from torch import Tensor
 from fastdiff import _extension
 
 TABLE = Path(__file__).with_name("losses.json")
+#: Kind of device -> op -> dtype -> backend.
+Fastest = dict[str, dict[str, dict[str, str]]]
 Features = Mapping[str, int]
 
 
@@ -104,7 +106,7 @@ def bucket(found: Features) -> tuple[tuple[str, int, int], ...]:
     return tuple(bounds)
 
 
-def _load() -> tuple[dict[str, str], dict[str, dict[str, str]], dict[tuple[str, str], tuple[Loss, ...]]]:
+def _load() -> tuple[dict[str, str], Fastest, dict[tuple[str, str], tuple[Loss, ...]]]:
     table = json.loads(TABLE.read_text())
     entries = [Loss(**row | {"bounds": tuple(map(tuple, row["bounds"]))}) for row in table["losses"]]
     found: dict[tuple[str, str], tuple[Loss, ...]] = {}
@@ -114,8 +116,8 @@ def _load() -> tuple[dict[str, str], dict[str, dict[str, str]], dict[tuple[str, 
     return table["measured"], table["fastest"], found
 
 
-#: The kinds of devices that were measured, each with commit and date; by kind and op the backend that is the fastest
-#: over all sizes measured; and the losses by backend and op.
+#: The kinds of devices that were measured, each with commit and date; by kind, op and dtype the backend that is the
+#: fastest over all sizes measured; and the losses by backend and op.
 measured_on, fastest, by_kernel = _load()
 _CPU = kind(torch.device("cpu"))
 
@@ -138,19 +140,26 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
 UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND"
 
 
+def fastest_on(name: str, op: str, dtype: str) -> str | None:
+    """The fastest backend of an op in a dtype on a kind of device, ``"eager"`` among them; ``None`` if not measured."""
+    return fastest.get(name, {}).get(op, {}).get(dtype)
+
+
 def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a GPU kernel does not serve a call that it takes, unless its backend is asked for by name; or ``None``."""
-    name = kind(first_tensor(args, kwargs).device)
-    best = fastest.get(name, {}).get(op)
+    x = first_tensor(args, kwargs)
+    name, dtype = kind(x.device), DTYPES.get(x.dtype, "")
+    best = fastest_on(name, op, dtype)
     if best is None:
         return UNPROVEN
-    return None if best == backend else f"{best} is the faster one on {name}, as measured"
+    return None if best == backend else f"{best} is the faster one on {name} in {dtype}, as measured"
 
 
-def standing(device: torch.device) -> str:
-    """Whether the speed of the kernels is known on a device, for ``fastdiff info``."""
+def standing(backend: str, device: torch.device) -> str:
+    """Whether the speed of a backend's kernels is known on a device, for ``fastdiff info``."""
     name = kind(device)
     if name not in measured_on:
         return f"speed not measured on {name}"
-    count = sum(loss.device == name for entries in by_kernel.values() for loss in entries)
-    return f"speed measured on {name}, {count} size{'' if count == 1 else 's'} left to others"
+    count = sum((loss.backend, loss.device) == (backend, name) for entries in by_kernel.values() for loss in entries)
+    left = {0: "no measured size is", 1: "one measured size is"}.get(count, f"{count} measured sizes are")
+    return f"speed measured on {name}, {left} left to others"

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import _results
 import pytest
+import report
 import torch
+from _losses import losing_sizes
+from _results import Row, Timing, load, measured_keys, rows_of, save
+from benchmark_scripts import run
+from compare import compared, judge, show_changes
 from rich.console import Console
 
 import fastdiff
 from fastdiff import ops
 from fastdiff.backends import Choice, kernels_of, losses, use_backend
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import _results  # noqa: E402
-from _losses import losing_sizes  # noqa: E402
-from _results import Row, Timing, load, measured_keys, rows_of, save  # noqa: E402
-from compare import compared, judge, show_changes  # noqa: E402
 
 HERE: dict[str, Any] = {"kind": "cpu amx", "cpu": "A", "gpu": None, "threads": 2, "torch": "2", "source": "s",
                         "commit": "c1", "date": "d"}  # fmt: skip
@@ -112,6 +108,20 @@ def _losing(op: str, features: dict[str, int], *ratios: tuple[float, float, floa
     return {"file": {name: rows_of(section) for name, section in file.items()}}
 
 
+def test_comparison_of_phases_and_memory() -> None:
+    """Absolute numbers, so of the same device only."""
+
+    def file(seconds: float, peak: int, **changes: Any) -> dict[str, Any]:
+        phases = {"fastdiff": {p: [seconds, 0.9 * seconds, 1.1 * seconds] for p in ("new size", "other LoRA")}}
+        return _file(_row(phases=phases, bytes={"fastdiff": {"peak": peak, "first": 1}}), **changes)
+
+    found = {c.provider: c.verdict for c in compared(file(1.0, 1000), file(1.5, 1200))}
+    assert found == {"eager": "same", "fastdiff cpu": "same", "fastdiff, new size": "slower",
+                     "fastdiff, other LoRA": "slower", "fastdiff, peak memory": "slower"}  # fmt: skip
+    assert {c.verdict for c in compared(file(1.0, 1000), file(1.1, 1001))} == {"same"}
+    assert [c.provider for c in compared(file(1.0, 1000), file(1.5, 1200, gpu="B"))] == ["fastdiff cpu"]
+
+
 def test_losing_sizes_are_beyond_noise_and_in_all_rows() -> None:
     slow, noisy, fast = (0.8, 0.7, 0.9), (0.95, 0.9, 1.05), (2.0, 1.9, 2.1)
     (entry,) = losing_sizes(_losing("geglu", {"numel": 5000}, slow, slow))["losses"]
@@ -123,14 +133,16 @@ def test_losing_sizes_are_beyond_noise_and_in_all_rows() -> None:
 
 
 def test_fastest_backend_is_the_best_over_all_sizes() -> None:
-    """Per kind and op; eager where none of ours is faster in the mean."""
+    """Per kind, op and dtype; eager where none of ours is faster in the mean."""
     results = _losing("geglu", {"numel": 5000}, (4.0, 3.9, 4.1), (1.0, 0.9, 1.1))
     rows = results["file"]["kernels"]
     for row, ratio in zip(rows, (3.0, 2.0), strict=True):
         row["timings"].append(row["timings"][1] | {"provider": "fastdiff triton", "ratio": ratio})
-    assert losing_sizes(results)["fastest"] == {"cpu amx": {"geglu": "triton"}}  # 2.4 against 2
+    assert losing_sizes(results)["fastest"] == {"cpu amx": {"geglu": {"bf16": "triton"}}}  # 2.4 against 2
+    rows[1]["dtype"] = "fp16"  # 4 in bf16, against 3; 1 in fp16, against 2
+    assert losing_sizes(results)["fastest"] == {"cpu amx": {"geglu": {"bf16": "cpu", "fp16": "triton"}}}
     slower = losing_sizes(_losing("geglu", {"numel": 5000}, (0.9, 0.8, 1.1)))
-    assert slower["fastest"] == {"cpu amx": {"geglu": "eager"}}
+    assert slower["fastest"] == {"cpu amx": {"geglu": {"bf16": "eager"}}}
 
 
 def test_choice_leaves_losing_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,14 +192,23 @@ def test_losing_attention_under_compile(monkeypatch: pytest.MonkeyPatch) -> None
 def test_info_says_whether_the_speed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     here = losses.kind(torch.device("cpu"))
     monkeypatch.setattr(losses, "measured_on", {})
-    assert losses.standing(torch.device("cpu")) == f"speed not measured on {here}"
+    assert losses.standing("cpu", torch.device("cpu")) == f"speed not measured on {here}"
     monkeypatch.setattr(losses, "measured_on", {here: "commit c"})
-    assert losses.standing(torch.device("cpu")).startswith(f"speed measured on {here}")
+    monkeypatch.setattr(losses, "by_kernel", {})
+    said = f"speed measured on {here}, no measured size is left to others"
+    assert losses.standing("cpu", torch.device("cpu")) == said
+    lost = [losses.Loss(device, backend, "geglu", "fp32", (), "slow")
+            for device, backend in ((here, "cpu"), (here, "triton"), ("cuda sm_90", "cpu"))]  # fmt: skip
+    monkeypatch.setattr(losses, "by_kernel", {("cpu", "geglu"): tuple(lost)})
+    assert losses.standing("cpu", torch.device("cpu")).endswith(", one measured size is left to others")
+    monkeypatch.setattr(losses, "by_kernel", {("cpu", "geglu"): (lost[0], lost[0])})
+    assert losses.standing("cpu", torch.device("cpu")).endswith(", 2 measured sizes are left to others")
     (backend,) = [b for b in fastdiff.info().backends if b.name == "cpu"]
     if backend.available:
-        assert losses.standing(torch.device("cpu")) in backend.detail
+        assert losses.standing("cpu", torch.device("cpu")) in backend.detail
 
 
-def test_pages_and_losing_sizes_are_what_the_results_say() -> None:
-    done = subprocess.run([sys.executable, str(BENCHMARKS / "report.py"), "--check"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_pages_and_losing_sizes_are_what_the_results_say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(report, monkeypatch, "--check") == 0, capsys.readouterr().err

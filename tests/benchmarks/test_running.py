@@ -3,40 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import _runner
+import cold_start
+import compare
+import kernels
+import layer_cases
+import memory
+import model_cases
+import other_libraries
 import pytest
 import torch
+from _children import patch_options
+from _harness import Rates
+from _results import Row, Timing, key_of, load, rows_of, save
+from _runner import Job, run_jobs
+from benchmark_scripts import BENCHMARKS, run, script
 from torch import Tensor
 
 import fastdiff
 from fastdiff import _bench_command, cli, ops
-from fastdiff.backends import BackendError, Kernel, kernels_of
+from fastdiff.backends import BackendError, Kernel, kernels_of, losses
 from fastdiff.ops._library import OPS
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.append(str(BENCHMARKS))
-
-import _runner  # noqa: E402
-import cold_start  # noqa: E402
-import gpu  # noqa: E402
-import kernels  # noqa: E402
-import layer_cases  # noqa: E402
-import memory  # noqa: E402
-import model_cases  # noqa: E402
-import other_libraries  # noqa: E402
-from _children import patch_options  # noqa: E402
-from _harness import Rates  # noqa: E402
-from _results import Row, Timing, key_of, load, rows_of, save  # noqa: E402
-from _runner import Job, run_jobs  # noqa: E402
 
 HAS_CPU = any(k.backend == "cpu" for k in kernels_of("geglu"))
 
@@ -125,6 +121,28 @@ def test_section_saves_resumes_and_reports(
     assert "fastdiff: off" in capsys.readouterr().out
 
 
+def test_baseline_says_what_got_slower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Beyond noise, and ours: then the exit code is 1."""
+
+    def job(name: str, ratio: float) -> Job:
+        eager = Timing("eager", 1.0, 1.0, 1.0, 1.0, 9, 0.99, 1.01)
+        ours = Timing("fastdiff cpu", 1 / ratio, ratio, 0.98 * ratio, 1.02 * ratio, 9)
+        return Job(name, "bf16", "stock", lambda: Row(name, "bf16", "stock", [eager, ours]))
+
+    old = str(tmp_path / "old.json")
+    assert _section([job("a", 2.0), job("b", 2.0)], tmp_path, monkeypatch, "--save") == 0
+    (tmp_path / "r.json").rename(old)
+    assert _section([job("a", 1.95), job("b", 2.5), job("new", 0.1)], tmp_path, monkeypatch, "--baseline", old) == 0
+    said = capsys.readouterr().out
+    assert "of 4 timings" in said and "1.25" in said
+    assert _section([job("a", 1.5), job("b", 2.0)], tmp_path, monkeypatch, "--baseline", old) == 1
+    assert "0.75" in capsys.readouterr().out
+    assert _section([job("a", 2.0)], tmp_path, monkeypatch, "--baseline", old) == 0
+    assert "no change beyond noise in 2 timings" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--resume"], "--resume needs --save"), (["--rounds", "0"], "--rounds is 0"),
@@ -135,53 +153,9 @@ def test_bad_options(arguments: list[str], message: str, tmp_path: Path, monkeyp
         _section([], tmp_path, monkeypatch, *arguments)
 
 
-def _run_gpu(budget: float, took: Callable[[Sequence[str], float], float], codes: dict[str, int]) -> Any:
-    """The phases with made-up times; returns what became of them and the calls (script, limit, budget)."""
-    clock, calls = Clock(), []
-
-    def run(arguments: Sequence[str], timeout_s: float) -> int | None:
-        script = "pytest" if arguments[0] == "-m" else Path(arguments[0]).name
-        given = float(arguments[arguments.index("--budget") + 1]) if "--budget" in arguments else timeout_s
-        calls.append((script, timeout_s, given))
-        seconds = took(arguments, given)
-        clock.now += min(seconds, timeout_s)
-        return None if seconds > timeout_s else codes.get(script, 0)
-
-    became = gpu.run_phases(budget, "cuda", run=run, clock=clock)
-    assert clock.now - 100 <= budget
-    return became, calls
-
-
-def test_gpu_phases_keep_the_budget() -> None:
-    became, calls = _run_gpu(600, lambda arguments, given: given, {})  # everything takes all it may
-    assert became["tests"] == became["kernels"] == became["models"] == "ok"
-    assert [c[0] for c in calls[:3]] == ["pytest", "kernels.py", "models.py"]
-    assert calls[0][1] == pytest.approx(210) and calls[1][1:] == (pytest.approx(390), pytest.approx(176, abs=1))
-    assert all(limit >= given - 1 for _, limit, given in calls)
-    became, calls = _run_gpu(600, lambda arguments, given: 5.0, {})  # all rows were measured before
-    assert set(became.values()) == {"ok"} and len(calls) == len(gpu.PHASES)
-    assert calls[-1][2] > 500  # the last phase gets what the others left
-
-
-def test_gpu_phases_are_cut_and_fail() -> None:
-    became, calls = _run_gpu(120, lambda arguments, given: 1e6, {})
-    assert became["tests"] == "cut" and became["kernels"] == "cut"  # ended with the budget, after its own share
-    assert set(list(became.values())[2:]) == {"no time"} and len(calls) == 2
-    became, _ = _run_gpu(600, lambda arguments, given: 5.0, {"models.py": 1})
-    assert (became["models"], became["memory"]) == ("failed", "ok")
-
-
-def test_gpu_summary_counts(tmp_path: Path) -> None:
-    eager = Timing("eager", 1, 1, 1, 1, 9)
-    rows = [Row("a", "bf16", "stock", [eager, Timing("fastdiff cuda", 0.5, 2, 2, 2, 9)], target=3),
-            Row("b", "bf16", "stock", [eager, Timing("fastdiff cuda", 2, 0.5, 0.5, 0.5, 9)])]  # fmt: skip
-    save("kernels", rows, tmp_path / "r.json", {"kind": "k"})
-    table = gpu.summary(load(tmp_path / "r.json"), {"tests": "ok"})
-    assert [next(iter(column.cells)) for column in table.columns] == ["kernels", "2", "1.25", "0.50", "1", "0 of 1"]
-
-
 def _options(**changes: Any) -> argparse.Namespace:
-    return argparse.Namespace(**{"device": "cpu", "compile": False, "rounds": 3, "allocator": "stock"} | changes)
+    given = {"device": "cpu", "compile": False, "rounds": 3, "row_s": None, "allocator": "stock"}
+    return argparse.Namespace(**given | changes)
 
 
 @pytest.fixture
@@ -294,10 +268,7 @@ def test_models_are_made_where_they_run(tiny_unet: model_cases.ModelCase) -> Non
 @pytest.mark.skipif(not HAS_CPU, reason="no CPU kernels")
 def test_model_is_measured_on_all_sides(tiny_unet: model_cases.ModelCase, rates: Rates) -> None:
     """And one that patching made wrong fails the run."""
-    spec = importlib.util.spec_from_file_location("benchmarks_models", BENCHMARKS / "models.py")
-    assert spec is not None and spec.loader is not None
-    models = importlib.util.module_from_spec(spec)  # tests/patching has a module of that name
-    spec.loader.exec_module(models)
+    models = script("models")
     with torch.no_grad():
         row = models.measure(tiny_unet, "bf16", _options(), rates)
         assert [t.provider for t in row.timings] == ["eager", "fastdiff", "fastdiff, packed weights"]
@@ -325,10 +296,15 @@ def test_sides_are_options_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _runner.patched_sides("cpu") == ["fastdiff"]
     kernel = Kernel("geglu", "triton", ops.geglu.eager, lambda x: None, on_request=True)
     monkeypatch.setattr(_runner, "kernels_of", lambda op: (kernel,))
-    assert _runner.patched_sides("cuda")[0] == "fastdiff triton"
+    monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_90")
+    monkeypatch.setattr(losses, "fastest", {})
+    assert _runner.patched_sides("cuda") == ["fastdiff triton", "fastdiff triton, CUDA graphs"]
+    monkeypatch.setattr(losses, "fastest", {"cuda sm_90": {}})  # measured: what the table chooses
+    assert _runner.patched_sides("cuda") == ["fastdiff", "fastdiff, CUDA graphs"]
     assert patch_options("fastdiff triton") == {"backend": "triton"}
     assert patch_options("fastdiff, packed weights") == {"prepack_weights": True}
     assert patch_options("fastdiff") == {}
+    assert patch_options("fastdiff, CUDA graphs") == {"cuda_graphs": True}
     assert patch_options("fastdiff cuda, CUDA graphs") == {"backend": "cuda", "cuda_graphs": True}
 
 
@@ -365,7 +341,7 @@ def test_bench_without_a_checkout(
     assert "checkout" in capsys.readouterr().err
 
 
-def test_bench_passes_options_on(tmp_path: Path) -> None:
+def test_bench_passes_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, new = tmp_path / "old.json", tmp_path / "new.json"
     slow = [Timing("eager", 1.0, 1.0, 1.0, 1.0, 9), Timing("fastdiff cpu", 1.0, 1.0, 0.9, 1.1, 9)]
     fast = [slow[0], Timing("fastdiff cpu", 0.5, 2.0, 1.9, 2.1, 9)]
@@ -373,4 +349,4 @@ def test_bench_passes_options_on(tmp_path: Path) -> None:
         save("kernels", [Row("case", "bf16", "stock", timings)], path, {"cpu": "A"})
     assert key_of(load(old)["kernels"]["rows"][0]) == ("case", "bf16", "stock")
     assert cli.main(["bench", "compare", str(old), str(new), "--margin", "0.1"]) == 1
-    assert cli.main(["bench", "compare", str(new), str(old)]) == 0
+    assert run(compare, monkeypatch, str(new), str(old)) == 0

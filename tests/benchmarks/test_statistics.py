@@ -5,15 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 import random
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-
-sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
 import _harness
+import pytest
+import torch
 from _harness import compare, interval_ranks, median_interval, ring, rotating, size_bytes, to_device
 
 
@@ -98,3 +93,22 @@ def test_floor_is_the_longer_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = _harness.Rates("cpu")
     assert rates.floor_ms(2_000_000, 0, "fp32") == pytest.approx(2.0)
     assert rates.floor_ms(2_000_000, 5 * 10**9, "fp32") == pytest.approx(5.0)
+
+
+def test_long_rounds_are_fewer() -> None:
+    """But three at least; what prepares a sample counts."""
+    now = [0.0]
+
+    def sample(function: object, count: int) -> float:
+        now[0] += 2.0
+        return 2.0
+
+    def wait() -> None:
+        now[0] += 8.0
+
+    def rounds(limit_s: float | None) -> int:
+        timing = compare({"a": wait}, rounds=9, warmup=0, before={"a": wait}, sample=sample, limit_s=limit_s,
+                         clock=lambda: now[0])[0]  # fmt: skip
+        return timing.rounds
+
+    assert [rounds(limit) for limit in (None, 1000.0, 55.0, 1.0)] == [9, 9, 5, 3]

@@ -119,7 +119,7 @@ def test_unproven_kernels_serve_on_request_only(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_measured_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By device and op; a request overrides it, and the reason names what was faster."""
+    """By device, op and dtype; a request overrides it, and the reason names what was faster."""
     kernels = [
         backends.Kernel("gelu_tanh", name, function, lambda x: None, on_request=True)
         for name, function in (("cuda", torch.neg), ("triton", torch.abs))
@@ -128,15 +128,19 @@ def test_the_measured_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_90")
     x = -torch.rand(4)
 
-    def chosen(**entries: str) -> backends.Choice:
-        monkeypatch.setattr(losses, "fastest", {"cuda sm_90": entries, "cuda sm_80": {"gelu_tanh": "eager"}})
+    def chosen(x: torch.Tensor = x, **entries: str) -> backends.Choice:
+        here = {op: {"fp32": backend, "fp16": "eager"} for op, backend in entries.items()}
+        monkeypatch.setattr(losses, "fastest", {"cuda sm_90": here, "cuda sm_80": {"gelu_tanh": {"fp32": "eager"}}})
         return ops.gelu_tanh.choose(x)
 
     assert chosen(gelu_tanh="cuda").backend == "cuda"
     assert chosen(gelu_tanh="triton").backend == "triton"
     unmeasured = chosen(geglu="cuda")
     assert unmeasured.backend == "eager" and "cuda: not proven on a GPU yet" in unmeasured.reason
+    assert "eager is the faster one on cuda sm_90 in fp16" in chosen(x.half(), gelu_tanh="cuda").reason
+    assert "cuda: not proven on a GPU yet" in chosen(x.bfloat16(), gelu_tanh="cuda").reason
     slower = chosen(gelu_tanh="eager")
-    assert slower.backend == "eager" and "cuda: eager is the faster one on cuda sm_90, as measured" in slower.reason
+    assert slower.backend == "eager"
+    assert "cuda: eager is the faster one on cuda sm_90 in fp32, as measured" in slower.reason
     with fastdiff.use_backend("cuda"):
         assert ops.gelu_tanh.choose(x).backend == "cuda"
