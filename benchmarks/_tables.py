@@ -126,7 +126,7 @@ def overhead(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
     runs = ["run"] * len(run(rows[0]))
     found = (
         [row["name"], *run(row), str(row["extra"]["kernels"]), *(f"{t['median_ms'] * 1e3:.1f}" for t in row["timings"]),
-         f"{row['extra']['overhead_us']:.1f}", _targets.text(row) if row["extra"].get("targets") else ""]
+         f"{row['extra']['overhead_us']:.1f}", _targets.text(row)]
         for row in rows
     )  # fmt: skip
     columns = ["layer", *runs, "kernels", "stock us", "patched us", "bare us", "on top, per kernel, us", "target"]
