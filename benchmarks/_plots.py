@@ -43,7 +43,7 @@ def _bars(rows: list[Entry], path: Path) -> None:
             bars = axis.barh(positions, values, height=height, color=_color(provider), label=provider)
             axis.bar_label(bars, [f"{v:.2f}" if v else "" for v in values], padding=2, fontsize=6)
         axis.margins(x=0.08)
-    _finish(figure, panels, path)
+    _finish(figure, axis, path)
 
 
 def _roofline(rows: list[Entry], path: Path) -> None:
@@ -61,7 +61,7 @@ def _roofline(rows: list[Entry], path: Path) -> None:
         axis.set_xlim(left=0)
         for between in range(1, len(ops)):
             axis.axhline(between - 0.5, color="#d9dde1", linewidth=0.6)
-    _finish(figure, panels, path)
+    _finish(figure, axis, path)
 
 
 def _panels(rows: list[Entry], names: list[str], inches: float, title: str) -> tuple[Any, dict[str, Any]]:
@@ -83,11 +83,11 @@ def _panels(rows: list[Entry], names: list[str], inches: float, title: str) -> t
     return figure, dict(zip(dtypes, axes[0], strict=True))
 
 
-def _finish(figure: Any, panels: dict[str, Any], path: Path) -> None:
+def _finish(figure: Any, axis: Any, path: Path) -> None:
+    """With the legend of a panel below all."""
     import matplotlib.pyplot as plt
 
-    handles, labels = next(iter(panels.values())).get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)
 
@@ -126,12 +126,11 @@ def _cold_start(rows: list[Entry], path: Path) -> None:
         after = f"  {left[index]:.1f} s; new size {new:.1f} s, other LoRA {other:.1f} s"
         axis.text(left[index], index, after, va="center", fontsize=7)
     axis.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
-    axis.set_xlim(0, 1.6 * max(left))
+    axis.set_xlim(0, 1.8 * max(left))
     axis.set_xlabel("seconds")
-    axis.legend(loc="lower right", fontsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
     axis.invert_yaxis()
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    plt.close(figure)
+    _finish(figure, axis, path)
 
 
 def _parts(rows: list[Entry]) -> dict[str, list[Entry]]:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 Entry = dict[str, Any]
+#: What tables show targets of without saying so.
+PLAIN = ("speed over eager", "us on top per kernel")
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,11 @@ def text(row: Entry, side: str = "", *, brief: bool = False) -> str:
 
     Args:
         side: only the targets of this provider.
-        brief: of targets other than the speed-up over eager only those that were missed.
+        brief: of targets that need words only those that were missed.
     """
     said = []
     for verdict in verdicts(row):
-        plain = verdict.what == "speed over eager"
+        plain = verdict.what in PLAIN
         if (side and verdict.of != side) or (brief and not plain and verdict.said != "missed"):
             continue
         words = f"{verdict.value:g}", "" if plain else verdict.what, "" if side else verdict.of

@@ -20,6 +20,8 @@ from _plots import plots
 from _results import RESULTS, load, rows_of
 
 ROOT = Path(__file__).resolve().parents[1]
+#: Sections whose rows are compared with eager.
+WITH_LOSSES = ("kernels", "models", "cold start", "schedulers")
 #: Sections that a GPU has too, and what stands there until one has.
 ON_GPU = ("kernels", "models", "cold start", "memory")
 NO_GPU = "GPU: not measured yet; `make gpu` on a machine with one adds its table here."
@@ -93,7 +95,7 @@ def blocks() -> dict[str, str]:
     lost = [
         (device, *cells)
         for device, sections in measured.items()
-        for cells in _tables.losses({k: v for k, v in sections.items() if k in ("kernels", "models", "schedulers")})
+        for cells in _tables.losses({k: v for k, v in sections.items() if k in WITH_LOSSES})
     ]
     found["losses"] = (
         _tables.lines("results|section|case|dtype|provider|speed-up", lost, 5) if lost else "None beyond noise."
