@@ -3,14 +3,14 @@
 The table is ``losses.json``, which ``python -m fastdiff bench report`` writes from ``benchmarks/results``: a kind of
 device, a backend and an op, and the sizes at which eager (for attention torch's own) was faster, beyond noise, in all
 rows of a bucket. On a kind of CPU that nothing was measured on, nothing is in the table: kernels serve there, and
-``fastdiff info`` says that their speed was not measured; on such a GPU kernels serve on request only. Whoever asks for
-a backend by name gets it regardless.
+``fastdiff info`` says that their speed was not measured; on such a GPU kernels serve on request only, or once
+``python -m fastdiff tune`` has checked and measured them there. Whoever asks for a backend by name gets it regardless.
 """
 
 from __future__ import annotations
 
-import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import _extension
+from fastdiff import __version__, _extension
+from fastdiff.backends._facts import cache_folder, fact
 
 TABLE = Path(__file__).with_name("losses.json")
 Features = Mapping[str, int]
@@ -52,7 +53,7 @@ class Loss:
         return (self.dtype, self.device) == (dtype, device)
 
 
-@functools.cache
+@fact
 def kind(device: torch.device) -> str:
     """What speed depends on first: ``"cpu avx512_bf16"``, ``"cuda sm_90"``, or the device's type alone."""
     if device.type == "cpu":
@@ -135,22 +136,55 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
 
 
 #: Why a GPU kernel without a measurement is not chosen by itself.
-UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND"
+UNPROVEN = (
+    "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND; or once "
+    "`python -m fastdiff tune` has checked and measured it here"
+)
+
+
+def own_file(name: str) -> Path:
+    """Where ``python -m fastdiff tune`` keeps what it found to be the fastest on a kind of device."""
+    return cache_folder() / f"fastest-{re.sub(r'[^a-z0-9]+', '-', name)}.json"
+
+
+def own_versions() -> dict[str, str]:
+    """What a measurement on this machine holds for."""
+    return {"fastdiff": __version__, "torch": torch.__version__}
+
+
+@fact
+def own(name: str, op: str) -> str | None:
+    """The backend that was found here to be the fastest at an op on a kind of device, ``"eager"`` among them."""
+    try:
+        found = json.loads(own_file(name).read_text())
+    except (OSError, ValueError):  # there is none, or it was cut
+        return None
+    return found["fastest"].get(op) if found["versions"] == own_versions() else None
+
+
+def fastest_on(name: str, op: str) -> str | None:
+    """As measured here, else as shipped; ``None`` if nothing was measured."""
+    return own(name, op) or fastest.get(name, {}).get(op)
 
 
 def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why a GPU kernel does not serve a call that it takes, unless its backend is asked for by name; or ``None``."""
     name = kind(first_tensor(args, kwargs).device)
-    best = fastest.get(name, {}).get(op)
+    best = fastest_on(name, op)
     if best is None:
         return UNPROVEN
     return None if best == backend else f"{best} is the faster one on {name}, as measured"
 
 
+def is_measured(device: torch.device) -> bool:
+    """Whether fastdiff ships measurements of that kind of device."""
+    return kind(device) in measured_on
+
+
 def standing(device: torch.device) -> str:
     """Whether the speed of the kernels is known on a device, for ``fastdiff info``."""
     name = kind(device)
-    if name not in measured_on:
+    if not is_measured(device):
         return f"speed not measured on {name}"
     count = sum(loss.device == name for entries in by_kernel.values() for loss in entries)
     return f"speed measured on {name}, {count} size{'' if count == 1 else 's'} left to others"
