@@ -10,6 +10,9 @@ cut goes on where it stopped. What matters most comes first; torch.compile, whic
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,6 +35,10 @@ HERE = Path(__file__).resolve().parent
 #: A phase with less time than this is not begun: its process would only import.
 LEAST_S = 20.0
 COLORS = {"reached": "green", "missed": "red", "not measured": "yellow"}
+#: Processes for the tests, which mostly compile Triton's kernels, on the host.
+WORKERS = str(min(8, os.cpu_count() or 1))
+#: How long a process that is interrupted has to say what it knows.
+PATIENCE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Phase:
 
 
 PHASES = (
-    Phase("tests", 0.35, ("-m", "pytest", "-q", "-rs", str(HERE.parent / "tests" / "gpu"))),
+    Phase("tests", 0.35, ("-m", "pytest", "-q", "-rs", "-n", WORKERS, str(HERE.parent / "tests" / "gpu"))),
     Phase("kernels", 0.45, ("kernels.py", "--quick")),
     Phase("models", 0.6, ("models.py", "--quick")),
     Phase("cold start", 0.4, ("cold_start.py", "--rounds", "1")),
@@ -71,11 +78,25 @@ Run = Callable[[Sequence[str], float], "int | None"]
 
 
 def run_process(arguments: Sequence[str], timeout_s: float) -> int | None:
-    """The exit code of a Python process, ``None`` if it had to be ended after ``timeout_s``."""
+    """The exit code of a Python process, ``None`` if it had to be ended after ``timeout_s``, with those it began."""
+    process = subprocess.Popen([sys.executable, *arguments], cwd=HERE.parent, start_new_session=True)
     try:
-        return subprocess.run([sys.executable, *arguments], timeout=timeout_s, cwd=HERE.parent).returncode
-    except subprocess.TimeoutExpired:
-        return None
+        return process.wait(timeout_s)
+    except BaseException as reason:
+        _end(process)
+        if isinstance(reason, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and those it began. At an interrupt pytest still says what failed so far."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE_S)
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def run_phases(

@@ -32,7 +32,7 @@ def verify(
         x: a pipeline, model or scheduler. If it is not patched, it is while this runs.
         seed: of the run; ignored where ``call`` brings a generator.
         tolerance: the largest relative RMS error against fp64 that a site or model may have; by default what follows
-            from eager's own error, see :func:`fastdiff._verify_checks.limit_of`.
+            from eager's own error, see :func:`fastdiff._nested.limit_of`.
         bisect: if something fails, find the first site of the run that is wrong, and the operation and function
             behind it; :attr:`Verification.culprit` of the result.
         **call: arguments of the pipeline or the model. Without any, every patched model runs on small synthetic

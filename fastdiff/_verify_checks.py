@@ -14,35 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from fastdiff._nested import clone_generators, relative, tensors, to_fp64
+from fastdiff._nested import clone_generators, limit_of, relative, tensors, to_fp64
 from fastdiff._verify_result import Check, Culprit, badness
 from fastdiff.ops._library import FusedOp
 from fastdiff.patching._patch import PATCH, Patch
 from fastdiff.patching._site import SITE, Site, name_of, site_of
-
-#: How far from fp64 a site or a model may be, as a multiple of eager's distance.
-FACTOR_HALF, FACTOR_FP32 = 1.05, 2.0
-
-
-def limit_of(eager: float, rounded: float, count: int, dtype: torch.dtype) -> float:
-    """The largest acceptable error.
-
-    Args:
-        eager: eager's relative RMS error.
-        rounded: the error of the fp64 result, correctly rounded to ``dtype``.
-        count: elements compared.
-        dtype: of the result.
-
-    Half precision: 1.05 times eager's error or 1.02 times that of one rounding, whichever is larger; fp32: twice
-    either, or one unit in the last place, which is a matter of the order of additions. The RMS of a finite sample
-    of errors is itself uncertain, by about 1 / sqrt(2 count) of its value; of the ratio of two, three standard
-    deviations are added.
-    """
-    if dtype in (torch.float32, torch.float64):
-        limit = max(FACTOR_FP32 * max(eager, rounded), torch.finfo(dtype).eps)
-    else:
-        limit = max(FACTOR_HALF * eager, 1.02 * rounded)
-    return limit * (1 + 3 / max(count, 1) ** 0.5)
 
 
 class SiteChecks:

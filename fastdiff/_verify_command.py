@@ -7,6 +7,7 @@ import json
 import sys
 
 import fastdiff
+from fastdiff.backends import BACKENDS
 from fastdiff.demo import run as demo
 
 
@@ -15,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, help="a Diffusers pipeline, by name or path (default: shipped demo)")
     parser.add_argument("--prompt", action="append", help="a prompt; repeat it for more pictures")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--backend", default=None, choices=BACKENDS, help="the only one whose kernels may serve; on a "
+                        "GPU that was not measured none does unless asked for")  # fmt: skip
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "fp16", "bf16"])
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     parser.add_argument("--scheduler", default=None, help="a Diffusers scheduler class, e.g. EulerDiscreteScheduler")
@@ -37,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         pipe = demo.load(args)
         pipe.set_progress_bar_config(disable=True)
         call = demo.call_arguments(pipe, args)
+        fastdiff.patch(pipe, backend=args.backend)
         result = fastdiff.verify(pipe, seed=args.seed, tolerance=args.tolerance, bisect=args.bisect, **call)
     except (ImportError, OSError, ValueError, AttributeError) as error:
         print(f"fastdiff verify: {error}", file=sys.stderr)

@@ -144,7 +144,7 @@ def _backend(name: str) -> Backend:
         detail += f"; {losses.standing(name, torch.device(name))}"
     if any(kernel.on_request for op in served for kernel in kernels_of(op) if kernel.backend == name):
         gpus = {losses.kind(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
-        if not gpus & losses.fastest.keys():
+        if not any(losses.is_proven(gpu, op) for gpu in gpus for op in served):
             detail += "; not proven on a GPU yet, so only on request"
     return Backend(name, True, f"{len(served)} of {len(OPS)} ops{detail}")
 

@@ -15,6 +15,9 @@ from fastdiff.backends import triton
 # run can give wrong numbers or crash.
 _inductor_cache = tempfile.TemporaryDirectory(prefix="fastdiff-inductor-")
 os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache.name)
+# What was tuned and measured on this machine is not under test.
+_measurements = tempfile.TemporaryDirectory(prefix="fastdiff-cache-")
+os.environ["FASTDIFF_CACHE"] = _measurements.name
 
 #: Folders whose tests assert what the kernels serve.
 _ABOUT_KERNELS = ("demo", "patching")

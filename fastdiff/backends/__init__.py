@@ -45,6 +45,8 @@ class Kernel:
     """One backend's implementation of one op.
 
     Attributes:
+        yields: why torch serves a call better although the kernel takes it, or ``None``; not asked where the backend is
+            demanded strictly.
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
         on_request: serve only where the backend is asked for by name, or was measured to be the fastest; see
             :mod:`fastdiff.backends.losses`.
@@ -54,6 +56,7 @@ class Kernel:
     backend: str
     run: Callable[..., Any]
     refuse: Refuse
+    yields: Refuse | None = field(default=None, kw_only=True)
     differentiable: Refuse | None = None
     on_request: bool = False
     choice: Choice = field(init=False)
@@ -114,7 +117,7 @@ def use_backend(backend: str, *, strict: bool = False) -> Iterator[None]:
     Args:
         backend: one of :data:`BACKENDS`.
         strict: raise :class:`BackendError`, naming the reason, where the backend does not take a call;
-            otherwise such a call runs eager.
+            otherwise such a call runs eager, and so does one that the kernel itself leaves to torch as the faster one.
 
     Raises:
         ValueError: if the backend is unknown.
@@ -141,6 +144,8 @@ def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: di
                 if wanted is not None and kernel.backend != wanted:
                     continue
                 reason = kernel.refuse(*args, **kwargs)
+                if reason is None and kernel.yields is not None and not strict:
+                    reason = kernel.yields(*args, **kwargs)
                 if reason is None and wanted is None:
                     reason = why_it_loses(kernel.backend, op, args, kwargs)
                 if reason is None and kernel.on_request and wanted is None:

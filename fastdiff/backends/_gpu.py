@@ -17,6 +17,21 @@ Layout = tuple[torch.Size, tuple[int, ...]]
 
 #: The largest head dimension of the attention kernels.
 DEEPEST = 512
+#: Up to here keys are few: keys and values may stay on the chip.
+FEW_KEYS = 512
+#: By compute capability: head dimensions at which torch's attention, in half precision and with many keys, is faster.
+#: cuDNN's against the Triton tutorial's at 4096 keys, H100, TFLOP/s: 408 to 348 at 64, 609 to 458 at 128
+#: (github.com/pytorch/benchmark, pull requests 2370 and 2391); kernels with mma.sync are slower than that tutorial's.
+TORCH_ATTENTION = {(9, 0): (64, 128), (10, 0): (64, 128)}
+TORCH_ATTENTION_SOURCE = "published figures of an H100"
+
+
+def why_torch_attends(q: Tensor, k: Tensor, depths: tuple[int, ...], source: str) -> str | None:
+    """Why torch's attention is the faster one for a call; ``depths``: where it is, with as many keys."""
+    if q.dtype == torch.float32 or q.shape[3] not in depths:
+        return None
+    keys = f"{'at most' if k.shape[1] <= FEW_KEYS else 'more than'} {FEW_KEYS} keys"
+    return f"torch's attention is the faster one at head dimension {q.shape[3]} and {keys} ({source})"
 
 
 @functools.lru_cache(maxsize=4096)

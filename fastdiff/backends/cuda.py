@@ -5,7 +5,6 @@ Every kernel takes float32, bfloat16 and float16, computes in fp32 and rounds on
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -14,9 +13,16 @@ from torch import Tensor
 
 from fastdiff import _extension
 from fastdiff.backends import Kernel, Refuse, register, unavailable
-from fastdiff.backends._gpu import refusals
+from fastdiff.backends._facts import fact
+from fastdiff.backends._gpu import (
+    FEW_KEYS,
+    TORCH_ATTENTION,
+    TORCH_ATTENTION_SOURCE,
+    refusals,
+    why_torch_attends,
+)
 from fastdiff.backends.cpu import run_overload
-from fastdiff.backends.losses import first_tensor
+from fastdiff.backends.losses import first_tensor, is_measured
 
 #: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
 MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
@@ -51,12 +57,24 @@ def architecture_reason(capability: tuple[int, int], architectures: list[str]) -
     return f"the kernels were built for {built_for}, and this GPU is sm_{capability[0]}{capability[1]}"
 
 
-@functools.cache
+@fact
 def device_reason(index: int) -> str | None:
     """Why a GPU of this process cannot run the kernels, or ``None``."""
     return architecture_reason(
         torch.cuda.get_device_capability(index), _extension.build_info()["cuda"]["architectures"]
     )
+
+
+@fact
+def _torch_depths(device: torch.device) -> tuple[int, ...]:
+    return () if is_measured(device) else TORCH_ATTENTION.get(torch.cuda.get_device_capability(device), ())
+
+
+def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
+    """Why a call of ``attention`` is better left to torch, or ``None``."""
+    if k.shape[1] <= FEW_KEYS:
+        return None
+    return why_torch_attends(q, k, _torch_depths(q.device), TORCH_ATTENTION_SOURCE)
 
 
 def _row_too_long(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
@@ -142,4 +160,5 @@ def register_kernels() -> None:
     for op, refuse in refuse_table("cuda").items():
         # An extension from before an op was added runs the others.
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastdiff::{op}", "CUDA"):
-            register(Kernel(op, "cuda", run_overload(op), refuse, on_request=True))
+            yields = torch_is_faster if op == "attention" else None
+            register(Kernel(op, "cuda", run_overload(op), refuse, yields=yields, on_request=True))

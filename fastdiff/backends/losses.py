@@ -3,14 +3,14 @@
 The table is ``losses.json``, which ``python -m fastdiff bench report`` writes from ``benchmarks/results``: a kind of
 device, a backend and an op, and the sizes at which eager (for attention torch's own) was faster, beyond noise, in all
 rows of a bucket. On a kind of CPU that nothing was measured on, nothing is in the table: kernels serve there, and
-``fastdiff info`` says that their speed was not measured; on such a GPU kernels serve on request only. Whoever asks for
-a backend by name gets it regardless.
+``fastdiff info`` says that their speed was not measured; on such a GPU kernels serve on request only, or once
+``python -m fastdiff tune`` has checked and measured them there. Whoever asks for a backend by name gets it regardless.
 """
 
 from __future__ import annotations
 
-import functools
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff import _extension
+from fastdiff import __version__, _extension
+from fastdiff.backends._facts import cache_folder, fact
 
 TABLE = Path(__file__).with_name("losses.json")
 #: Kind of device -> op -> dtype -> backend.
@@ -54,7 +55,7 @@ class Loss:
         return (self.dtype, self.device) == (dtype, device)
 
 
-@functools.cache
+@fact
 def kind(device: torch.device) -> str:
     """What speed depends on first: ``"cpu avx512_bf16"``, ``"cuda sm_90"``, or the device's type alone."""
     if device.type == "cpu":
@@ -137,12 +138,43 @@ def why_it_loses(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str,
 
 
 #: Why a GPU kernel without a measurement is not chosen by itself.
-UNPROVEN = "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND"
+UNPROVEN = (
+    "not proven on a GPU yet, so only on request: backend=..., use_backend or FASTDIFF_BACKEND; or once "
+    "`python -m fastdiff tune` has checked and measured it here"
+)
+
+
+def own_file(name: str) -> Path:
+    """Where ``python -m fastdiff tune`` keeps what it found to be the fastest on a kind of device."""
+    return cache_folder() / f"fastest-{re.sub(r'[^a-z0-9]+', '-', name)}.json"
+
+
+def own_versions() -> dict[str, str]:
+    """What a measurement on this machine holds for."""
+    return {"fastdiff": __version__, "torch": torch.__version__}
+
+
+@fact
+def own(name: str) -> dict[str, dict[str, str]]:
+    """By op and dtype the backend that was found here to be the fastest on a kind of device."""
+    try:
+        found = json.loads(own_file(name).read_text())
+    except (OSError, ValueError):  # there is none, or it was cut
+        return {}
+    return found["fastest"] if found["versions"] == own_versions() else {}
 
 
 def fastest_on(name: str, op: str, dtype: str) -> str | None:
-    """The fastest backend of an op in a dtype on a kind of device, ``"eager"`` among them; ``None`` if not measured."""
-    return fastest.get(name, {}).get(op, {}).get(dtype)
+    """The fastest backend of an op in a dtype on a kind of device, ``"eager"`` among them; ``None`` if not measured.
+
+    As measured here, else as shipped.
+    """
+    return own(name).get(op, {}).get(dtype) or fastest.get(name, {}).get(op, {}).get(dtype)
+
+
+def is_proven(name: str, op: str) -> bool:
+    """Whether the backends of an op were measured on a kind of device, here or for what is shipped."""
+    return any(fastest_on(name, op, dtype) for dtype in DTYPES.values())
 
 
 def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
@@ -155,10 +187,15 @@ def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[s
     return None if best == backend else f"{best} is the faster one on {name} in {dtype}, as measured"
 
 
+def is_measured(device: torch.device) -> bool:
+    """Whether fastdiff ships measurements of that kind of device."""
+    return kind(device) in measured_on
+
+
 def standing(backend: str, device: torch.device) -> str:
     """Whether the speed of a backend's kernels is known on a device, for ``fastdiff info``."""
     name = kind(device)
-    if name not in measured_on:
+    if not is_measured(device):
         return f"speed not measured on {name}"
     count = sum((loss.backend, loss.device) == (backend, name) for entries in by_kernel.values() for loss in entries)
     left = {0: "no measured size is", 1: "one measured size is"}.get(count, f"{count} measured sizes are")

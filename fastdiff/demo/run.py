@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastdiff.backends import BACKENDS
+
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _AMPLIFY = 50
 
@@ -22,6 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default=None, help="a Diffusers pipeline, by name or path (default: shipped demo)")
     parser.add_argument("--prompt", action="append", help="a prompt; repeat it for more pictures")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
+    parser.add_argument("--backend", default=None, choices=BACKENDS, help="the only one whose kernels may serve; on a "
+                        "GPU that was not measured none does unless asked for")  # fmt: skip
     parser.add_argument("--dtype", default="fp32", choices=list(_DTYPES))
     parser.add_argument("--steps", type=int, default=20, help="denoising steps (default: 20)")
     parser.add_argument("--scheduler", default=None, help="a Diffusers scheduler class, e.g. EulerDiscreteScheduler")
@@ -59,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             if turn:
                 times["eager"].append(seconds)
             progress.advance(task)
-            with fastdiff.patched(pipe):
+            with fastdiff.patched(pipe, backend=args.backend):
                 images["fastdiff"], seconds = _generate(pipe, kwargs, args.seed, args.device)
                 report = fastdiff.report(pipe)
             if turn:

@@ -62,6 +62,11 @@ def test_gpu_phases_are_cut_and_fail() -> None:
     assert (became["models"], became["memory"]) == ("failed", "ok")
 
 
+def test_gpu_processes_end_in_time() -> None:
+    assert gpu.run_process(["-c", "raise SystemExit(3)"], 60.0) == 3
+    assert gpu.run_process(["-c", "import time; time.sleep(600)"], 0.2) is None
+
+
 def test_gpu_summary_counts(tmp_path: Path) -> None:
     eager = Timing("eager", 1, 1, 1, 1, 9)
     rows = [Row("a", "bf16", "stock", [eager, Timing("fastdiff cuda", 0.5, 2, 2, 2, 9)], target=3),

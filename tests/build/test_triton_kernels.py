@@ -24,6 +24,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 SOME = (
     "group_norm_silu NCHW 320 64 all",
     "group_norm_silu NHWC 320 64",
+    "group_norm_silu one group",
     "adaln_modulate 1152",
     "adaln_modulate 9000",
     "gate_residual_adaln 3072",

@@ -81,8 +81,7 @@ def recorded(gpu: int | str) -> Iterator[list[Variant]]:
     def processors(_: torch.device) -> int:
         return GPUS[gpu][1]
 
-    _config.config.cache_clear()
-    _config.table.cache_clear()
+    _config.forget()
     with (
         mock.patch.object(_launch.Kernel, "launch", launch),
         mock.patch.object(_config, "architecture", return_value=(0, 1) if isinstance(gpu, str) else divmod(gpu, 10)),
@@ -93,8 +92,7 @@ def recorded(gpu: int | str) -> Iterator[list[Variant]]:
         mock.patch.object(attention, "on_chip", return_value=GPUS[gpu][0]),
     ):
         yield launches
-    _config.config.cache_clear()
-    _config.table.cache_clear()
+    _config.forget()
 
 
 def compile_for(variant: Variant, gpu: int | str) -> Binary:

@@ -251,6 +251,8 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
     arguments = ["verify", "--model", str(tmp_path), "--steps", "2"]
     assert main(arguments) == 0
     assert "verified" in capsys.readouterr().out
+    assert main([*arguments, "--backend", "cuda"]) == 1
+    assert "no site was served by a kernel" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr("fastdiff._verify_checks.limit_of", lambda *args: 0.0)
     assert main([*arguments, "--bisect"]) == 1
     printed = " ".join(capsys.readouterr().out.split())

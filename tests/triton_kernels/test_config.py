@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fastdiff import cli
+from fastdiff.backends import losses
 from fastdiff.backends import triton as backend
 from fastdiff.backends.triton import _config
 
@@ -25,11 +26,10 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
-    for function in (_config.table, _config.config):
-        function.cache_clear()
+    monkeypatch.setattr(losses, "measured_on", {})
+    _config.forget()
     yield
-    for function in (_config.table, _config.config):
-        function.cache_clear()
+    _config.forget()
 
 
 def test_entries_of_buckets_architectures_and_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,8 +39,7 @@ def test_entries_of_buckets_architectures_and_the_cache(monkeypatch: pytest.Monk
     assert _config.config("torch_attention", CPU)["many"] == [64, 128]
     entry = {"m": 64, "n": 64, "warps": 4, "stages": 3}
     _config.cache_file(CPU).write_text(json.dumps({"attention/512": entry, "rows": {"of another version": 1}}))
-    _config.table.cache_clear()
-    _config.config.cache_clear()
+    _config.forget()
     assert _config.config("attention", CPU, 512) == entry
     assert _config.config("rows", CPU) == _config.DEFAULT["rows"]
 

@@ -69,15 +69,13 @@ def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     monkeypatch.setattr(attention, "on_chip", lambda _: 227 << 10)
     for module in (_rows, attention, group_norm_silu):
         monkeypatch.setattr(module, "processors", lambda _: 132)
-    _config.config.cache_clear()
-    _config.table.cache_clear()
+    _config.forget()
     stand_in = Gpu()
     monkeypatch.setattr(type(driver), "active", stand_in)
     _forget()
     yield stand_in
     _forget()
-    _config.config.cache_clear()
-    _config.table.cache_clear()
+    _config.forget()
 
 
 def test_new_sizes_compile_nothing(gpu: Gpu) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fastdiff.backends import Kernel, Refuse, register, unavailable
+from fastdiff.backends._facts import fact
 from fastdiff.backends._gpu import refusals
 from fastdiff.backends.losses import first_tensor
 from fastdiff.backends.triton._config import torch_is_faster, triton_version
@@ -57,7 +58,7 @@ def why_not() -> str | None:
     return None
 
 
-@functools.cache
+@fact
 def without_fp64(device: int) -> str | None:
     """Why a kernel that takes scalars of fp64 cannot run on that GPU (Intel has some without it), or ``None``."""
     if device_type() == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
@@ -65,7 +66,7 @@ def without_fp64(device: int) -> str | None:
     return None
 
 
-@functools.cache
+@fact
 def why_not_on(device: int) -> str | None:
     """Why the kernels cannot run on that GPU, or ``None``."""
     if INTERPRETED or device_type() != "cuda" or torch.version.hip:
@@ -97,7 +98,7 @@ def _run(implementation: Callable[..., Any], overload: Callable[..., Any]) -> Ca
 
 
 def _refuse(op: str, shared: Refuse) -> Refuse:
-    """What no GPU backend takes, what this GPU does not, and where torch's attention is the faster one."""
+    """What no GPU backend takes, and what this GPU does not."""
 
     def refuse(*args: Any, **kwargs: Any) -> str | None:
         reason = shared(*args, **kwargs)
@@ -107,8 +108,6 @@ def _refuse(op: str, shared: Refuse) -> Refuse:
         reason = why_not_on(first.get_device())
         if reason is None and op == "scheduler_step":
             reason = without_fp64(first.get_device())
-        if reason is None and op == "attention":
-            reason = torch_is_faster(*args, **kwargs)
         return reason
 
     return refuse
@@ -130,4 +129,7 @@ def register_kernels(ops: Mapping[str, Any]) -> None:
         implementation = _implementation(name)
         overload = ops[name].define_in(library, implementation)
         kernel = _run(implementation, overload)
-        register(Kernel(name, "triton", kernel, _refuse(name, shared), on_request=not INTERPRETED))
+        yields = torch_is_faster if name == "attention" and not INTERPRETED else None
+        register(
+            Kernel(name, "triton", kernel, _refuse(name, shared), yields=yields, on_request=not INTERPRETED)
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Config = dict[str, Any]
+from fastdiff.backends import losses
+from fastdiff.backends._facts import cache_folder, fact
+from fastdiff.backends._gpu import FEW_KEYS, TORCH_ATTENTION, TORCH_ATTENTION_SOURCE, why_torch_attends
 
-#: Up to here keys and values may stay on the chip.
-FEW_KEYS = 512
+Config = dict[str, Any]
 
 #: m, n: of a tile of queries and of a block of keys. keys: how many stay on the chip, where they fit; keys_deep: how
 #: many with a head dimension above 64 or in two parts, so that nothing spills. hoist: invariants out of the loop.
@@ -60,9 +60,7 @@ DEFAULT: dict[str, Config] = {
 _HOPPER: dict[str, Config] = {
     "short_attention": _SHORT | {"keys_deep": FEW_KEYS, "hoist": False},
     "short_attention/fp32": DEFAULT["short_attention/fp32"],
-    # cuDNN's against the Triton tutorial's at 4096 keys, H100, TFLOP/s: 408 to 348 at 64, 609 to 458 at 128
-    # (github.com/pytorch/benchmark, pull requests 2370 and 2391).
-    "torch_attention": {"many": [64, 128], "few": [], "source": "published figures of an H100"},
+    "torch_attention": {"many": [*TORCH_ATTENTION[9, 0]], "few": [], "source": TORCH_ATTENTION_SOURCE},
 }
 
 #: What differs by compute capability.
@@ -103,11 +101,10 @@ def architecture(device: torch.device) -> tuple[int, int]:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where the tuning of this device is kept: ``FASTDIFF_CACHE``, else the user's cache folder."""
-    folder = os.environ.get("FASTDIFF_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "fastdiff")
+    """Where the tuning of this device is kept."""
     name = getattr(torch, device.type).get_device_name(device) if device.type != "cpu" else "interpreter"
     version = ".".join(map(str, triton_version() or ()))
-    return Path(folder).expanduser() / f"triton-{version}-{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
+    return cache_folder() / f"triton-{version}-{re.sub(r'[^A-Za-z0-9]+', '-', name).lower()}.json"
 
 
 @functools.cache
@@ -116,12 +113,14 @@ def table(device: torch.device) -> dict[str, Config]:
     ours = BY_ARCHITECTURE.get(architecture(device), {})
     # An entry of an architecture hides the smaller buckets of the default.
     merged = {k: v for k, v in DEFAULT.items() if k.partition("/")[0] not in ours} | ours
-    path = cache_file(device)
-    if path.is_file():
-        # An entry of another version of the table could lack a parameter.
-        for key, entry in json.loads(path.read_text()).items():
-            if entry.keys() == merged.get(key, merged.get(key.partition("/")[0], {})).keys():
-                merged[key] = entry
+    try:
+        tuned = json.loads(cache_file(device).read_text())
+    except (OSError, ValueError):  # there is none, or it was cut
+        tuned = {}
+    # An entry of another version of the table could lack a parameter.
+    for key, entry in tuned.items():
+        if entry.keys() == merged.get(key, merged.get(key.partition("/")[0], {})).keys():
+            merged[key] = entry
     return merged
 
 
@@ -132,11 +131,19 @@ def config(op: str, device: torch.device, bucket: int | str | None = None) -> Co
     return entries.get(f"{op}/{bucket}") or entries[op]
 
 
+@fact
+def _torch_attention(device: torch.device, which: str) -> tuple[tuple[int, ...], str]:
+    known = config("torch_attention", device)
+    published = known["source"] == TORCH_ATTENTION_SOURCE
+    return () if published and losses.is_measured(device) else tuple(known[which]), known["source"]
+
+
 def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
-    """Why to leave a call of ``attention`` to torch, or ``None``."""
-    known = config("torch_attention", q.device)
-    few = k.shape[1] <= FEW_KEYS
-    if q.dtype == torch.float32 or q.shape[3] not in known["few" if few else "many"]:
-        return None
-    keys = f"{'at most' if few else 'more than'} {FEW_KEYS} keys"
-    return f"torch's attention is the faster one at head dimension {q.shape[3]} and {keys} ({known['source']})"
+    """Why a call of ``attention`` is better left to torch, or ``None``."""
+    return why_torch_attends(q, k, *_torch_attention(q.device, "few" if k.shape[1] <= FEW_KEYS else "many"))
+
+
+def forget() -> None:
+    """Read the tables anew."""
+    for function in (table, config, _torch_attention):
+        function.cache_clear()

@@ -26,6 +26,8 @@ from torch import Tensor
 i32, i64, fp32, fp64 = tl.int32, tl.int64, tl.float32, tl.float64
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
+#: Triton for AMD compiles for whether an offset into a tensor fits 32 bits; that is part of what tells launches apart.
+RANGES = torch.version.hip is not None
 
 #: Elements per 16-byte access of a two-byte type; a four-byte type then takes two accesses.
 WIDE = 8
@@ -79,16 +81,19 @@ class Kernel:
         assert first is not None
         device = first.get_device()
         key = (device, warps, stages, constants, *[None if t is None else t.dtype for t in tensors])
+        if RANGES:
+            key = (*key, *[t is not None and t.untyped_storage().nbytes() < 1 << 31 for t in tensors])
         known = self._launches.get(key)
         if known is not None and (stream := _stream(first, device)) is not None:
             # As triton.runtime.jit.JITFunction.run ends; what it does before takes most of its time.
-            run, handle, metadata = known
+            run, handle, metadata, _ = known
             run(grid, 1, 1, stream, handle, metadata, None, None, None, *tensors, *scalars, *constants)
             return
         with contextlib.nullcontext() if device < 0 else getattr(torch, first.device.type).device(device):
             options = {"num_warps": warps, "num_stages": stages, **OPTIONS}
             compiled = function[(grid,)](*tensors, *scalars, *constants, **options)
-        self._launches[key] = compiled.run, compiled.function, compiled.packed_metadata
+        # The compiled kernel unloads itself when it goes.
+        self._launches[key] = compiled.run, compiled.function, compiled.packed_metadata, compiled
 
 
 def _stream(t: Tensor, device: int) -> int | None:

@@ -78,3 +78,13 @@ def merge(count, mean, m2):
     center += tl.sum((mean - center[None, :]) * count, axis=0) / total
     deviation = mean - center[None, :]
     return center, tl.sum(m2 + deviation * deviation * count, axis=0)
+
+
+@device
+def merge_all(count, mean, m2):
+    """:func:`merge` of vectors, to scalars. Not as columns: a layout of one may give every thread all of it, in 3.6."""
+    total = tl.maximum(tl.sum(count, axis=0), 1.0)
+    center = tl.sum(mean * count, axis=0) / total
+    center += tl.sum((mean - center) * count, axis=0) / total
+    deviation = mean - center
+    return center, tl.sum(m2 + deviation * deviation * count, axis=0)

@@ -159,8 +159,7 @@ def _in_blocks(
     if NORM:
         center = 0.0
         if NORM == 1:
-            means, m2s = _math.merge(count[:, None], mean[:, None], squares[:, None])
-            center, total = tl.sum(means, axis=0), tl.sum(m2s, axis=0)
+            center, total = _math.merge_all(count, mean, squares)
         else:
             total = tl.sum(squares, axis=0)
         rstd = tl.rsqrt(total / width + eps)

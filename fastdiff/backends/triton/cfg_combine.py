@@ -44,8 +44,8 @@ def _rescale(
         delta = tl.where(inside, g - mean_g, 0.0)
         mean_g += delta * weight
         m2_g += delta * (g - mean_g)
-    _, all_c = _math.merge(count[:, None], mean_c[:, None], m2_c[:, None])
-    _, all_g = _math.merge(count[:, None], mean_g[:, None], m2_g[:, None])
+    _, all_c = _math.merge_all(count, mean_c, m2_c)
+    _, all_g = _math.merge_all(count, mean_g, m2_g)
     degrees = (size - 1).to(tl.float32)
     # Not the quotient of the sums: one element has no deviation, and constants have the quotient 0 / 0.
     factor = rescale * (tl.sqrt(all_c / degrees) / tl.sqrt(all_g / degrees)) + (1.0 - rescale)

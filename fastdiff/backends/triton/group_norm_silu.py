@@ -81,7 +81,9 @@ def _moments(
 def _over_groups(mean, m2, number, inside, group, per_group, ONE_GROUP: tl.constexpr):
     """The moments of each channel's group from those of the channels, over ``number`` pixels each."""
     if ONE_GROUP:
-        center, total = _math.merge(tl.where(inside, number, 0.0)[:, None], mean[:, None], m2[:, None])
+        one = tl.zeros([1], tl.float32)
+        center, total = _math.merge_all(tl.where(inside, number, 0.0), mean, m2)
+        center, total = one + center, one + total
     else:
         same = (group[:, None] == group[None, :]) & inside[:, None]  # (channel, channel whose group it is)
         # Selected, not multiplied: another group's NaN must not leak.

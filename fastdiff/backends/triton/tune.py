@@ -1,4 +1,5 @@
-"""``python -m fastdiff tune``: measure launch configurations on this GPU and keep the best ones."""
+"""``python -m fastdiff tune``: measure launch configurations on this GPU and keep the best ones; then let kernels serve
+unasked that prove themselves."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
+from fastdiff.backends import _proof
 from fastdiff.backends import triton as backend
 from fastdiff.backends.triton import _config
 from fastdiff.backends.triton._config import Config
@@ -106,6 +108,12 @@ def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
+def _is_of_the_compiler(error: Exception) -> bool:
+    """Whether a configuration is at fault. A failed pass of the compiler is a RuntimeError, as CUDA's errors are."""
+    names = ("OutOfResources", "PTXASError", "CompilationError")
+    return type(error).__name__ in names or "PassManager" in str(error)
+
+
 def best(task: Task, device: torch.device, measure: Callable[[Callable[[], Any]], float]) -> tuple[Config, float]:
     """The best configuration of a task, and how many times as fast as the shipped one it is.
 
@@ -120,7 +128,7 @@ def best(task: Task, device: torch.device, measure: Callable[[Callable[[], Any]]
         try:
             times.append((measure(task.call), candidate))
         except Exception as error:
-            if type(error).__name__ not in ("OutOfResources", "PTXASError", "CompilationError"):
+            if not _is_of_the_compiler(error):
                 raise
     if saved is None:
         del table[task.key]
@@ -158,8 +166,7 @@ def _save(found: dict[str, Config], device: torch.device) -> None:
     path = _config.cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
-    _config.table.cache_clear()
-    _config.config.cache_clear()
+    _config.forget()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,12 +187,17 @@ def run(args: argparse.Namespace) -> int:
     path = _config.cache_file(device)
     if args.reset:
         path.unlink(missing_ok=True)
+        _config.forget()
+        _proof.forget(device)
         return 0
     path.unlink(missing_ok=True)
-    _config.table.cache_clear()
+    _config.forget()
     found = tune(device)
     sys.stdout.write(f"{len(found) - 1} configurations are faster than the shipped ones; they are in {path}\n")
     for which, depths in found["torch_attention"].items():
         if which != "source":
             sys.stdout.write(f"torch's attention is the faster one with {which} keys at head dimensions: {depths}\n")
+    for (op, dtype), (best, gain) in _proof.prove(device, milliseconds).items():
+        said = "left to eager" if best == "eager" else f"served by {best} from now on, {gain:.2f} times as fast"
+        sys.stdout.write(f"{op} in {dtype}: {said}\n")
     return 0
