@@ -23,6 +23,8 @@ served: Counter[tuple[str, str]] = Counter()
 patched: Counter[str] = Counter()
 #: Calls that ran stock, by class of the owner and reason.
 declined: Counter[str] = Counter()
+#: Classes of pipelines that patch at their first call.
+pipelines: set[type] = set()
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -36,9 +38,17 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     for family in families():
         model = resolve(family.model)
         model.__init__ = _patching_init(model.__init__)
-    for cls in _subclasses(DiffusionPipeline):
-        if "__call__" in vars(cls):
-            cls.__call__ = _patching_call(cls.__call__)
+    register = DiffusionPipeline.register_modules
+
+    @functools.wraps(register)
+    def registering(self: Any, **modules: Any) -> None:  # every pipeline calls it when it is created
+        for cls in type(self).__mro__:
+            if "__call__" in vars(cls) and cls not in pipelines:
+                cls.__call__ = _patching_call(cls.__call__)
+                pipelines.add(cls)
+        register(self, **modules)
+
+    DiffusionPipeline.register_modules = registering
 
     patch_every_scheduler()
     note = Site.note
@@ -87,20 +97,6 @@ def _patch(x: Any) -> None:
     patched[type(x).__name__] += 1
     for _, found in patches_of(x):
         sites.update(type(site.owner).__name__ for site in found.sites)
-
-
-def _subclasses(cls: type) -> set[type]:
-    import diffusers
-
-    for name in dir(diffusers):  # imports the pipelines, which are lazy
-        if name.endswith("Pipeline"):
-            getattr(diffusers, name, None)
-    found, todo = set(), [cls]
-    while todo:
-        children = todo.pop().__subclasses__()
-        todo += [c for c in children if c not in found]
-        found.update(children)
-    return found
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

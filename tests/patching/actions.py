@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -169,6 +170,21 @@ def unwrap_forwards(model: Any) -> None:
         block.forward = original
 
 
+def skip_every_second(model: Any) -> None:
+    """As DeepCache does at a step that computes the outermost blocks only: the inner ones return what they had."""
+    kept = model.__dict__["_kept"] = {}
+    for block in [model.down_blocks[1], model.mid_block, model.up_blocks[0]]:
+        kept[block] = original = block.forward
+
+        def forward(*args: Any, original: Any = original, held: list[Any], **kwargs: Any) -> Any:
+            if not held:
+                held.append(original(*args, **kwargs))
+                return held[0]
+            return held.pop()
+
+        block.forward = functools.partial(forward, held=[])
+
+
 def _resnets(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if type(m).__name__ == "ResnetBlock2D"]
 
@@ -256,3 +272,22 @@ def to_gguf(linear: nn.Linear) -> nn.Module:
 def to_torchao(model: nn.Module) -> None:
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+
+def to_bitsandbytes(model: nn.Module, bits: int) -> None:
+    """Its layers quantize their weights when they are moved to a device, a CPU too."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layers = bitsandbytes.nn
+
+    def make(linear: nn.Linear) -> nn.Module:
+        size = linear.in_features, linear.out_features, linear.bias is not None
+        if bits == 8:
+            new = layers.Linear8bitLt(*size, has_fp16_weights=False)
+            new.weight = layers.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        else:
+            new = layers.Linear4bit(*size, compute_dtype=torch.float32, quant_type="nf4")
+            new.weight = layers.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+        new.bias = linear.bias
+        return new.to("cpu")
+
+    replace_linears(model, make)

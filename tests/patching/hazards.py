@@ -132,6 +132,9 @@ HAZARDS: dict[str, Hazard] = {
     "GGUF": Hazard(lambda m: actions.replace_linears(m, actions.to_gguf), None, SDXL, changes=True),
     "torchao": Hazard(actions.to_torchao, None, SDXL, changes=True),
     "torchao, DiT": Hazard(actions.to_torchao, None, DIT, changes=True),
+    "bitsandbytes, int8": Hazard(functools.partial(actions.to_bitsandbytes, bits=8), None, SDXL, changes=True),
+    "bitsandbytes, NF4": Hazard(functools.partial(actions.to_bitsandbytes, bits=4), None, SDXL, changes=True),
+    "bitsandbytes, NF4, DiT": Hazard(functools.partial(actions.to_bitsandbytes, bits=4), None, DIT, changes=True),
     "fused projections": Hazard(
         lambda m: m.fuse_qkv_projections(), lambda m: m.unfuse_qkv_projections(),
         eager=_processor("FusedAttnProcessor2_0"), exact=False,
@@ -163,6 +166,9 @@ HAZARDS: dict[str, Hazard] = {
     "FreeU": Hazard(actions.enable_freeu, lambda m: m.disable_freeu(), changes=True),
     "wrapped forwards": Hazard(
         actions.wrap_forwards, actions.unwrap_forwards, eager={"ResnetBlock2D": "replaced"}, stays=("ResnetBlock2D",),
+    ),
+    "blocks skipped at every second step": Hazard(
+        actions.skip_every_second, actions.unwrap_forwards, changes=True, calls=4
     ),
     "first block cache": Hazard(
         lambda m: m.enable_cache(FirstBlockCacheConfig(threshold=10.0)), lambda m: m.disable_cache(),

@@ -72,10 +72,17 @@ def test_from_pipe_shares_the_patch() -> None:
     pipe = fastdiff.patch(sd_pipeline())
     other = StableDiffusionPipeline.from_pipe(pipe, requires_safety_checker=False)
     assert other.unet is pipe.unet
+    assert not is_stock(other.unet)
+    assert torch.equal(run_sd(other), run_sd(pipe))
     with pytest.raises(ValueError, match="not patched"):
-        fastdiff.unpatch(other)
+        fastdiff.unpatch(other)  # it made no claim
+    fastdiff.patch(other)
     fastdiff.unpatch(pipe)
+    expected = run_sd(other)
+    assert is_fused(other)
+    fastdiff.unpatch(other)
     assert is_stock(other.unet)
+    assert not torch.equal(run_sd(other), expected)
 
 
 def test_replaced_component_is_restored_too() -> None:

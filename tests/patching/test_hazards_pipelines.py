@@ -173,6 +173,7 @@ def _group(pipe: Any) -> None:
 
 
 IP = {"ip_adapter_image": _image()}
+MASKED_IP = IP | {"cross_attention_kwargs": {"ip_adapter_masks": [(_image()[:, :1] > 0.5).float()]}}
 IP_EAGER = {"attn2$": "^its processor is IPAdapterAttnProcessor2_0$"}
 CONTROL = {"image": _image()}
 PAG_EAGER = {r"^unet\.(mid_block|up_blocks\.1).*attn1$": "^its processor is PAG"}
@@ -215,6 +216,7 @@ SEQUENCES: dict[str, tuple[Callable[[], Any], list[Step]]] = {
     "IP-Adapter": (_pipeline, [
         Step(_load_ip_adapter, IP, IP_EAGER),
         Step(lambda p: p.set_ip_adapter_scale(0.4), IP, IP_EAGER),
+        Step(lambda p: None, MASKED_IP, IP_EAGER),
         Step(lambda p: p.unload_ip_adapter()),
     ]),
     "ControlNet": (_controlled, [

@@ -189,19 +189,24 @@ def test_reduce_overhead() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, mode="reduce-overhead")
     for _ in range(2):
-        _close(output(compiled, inputs), expected)
+        with torch.profiler.profile() as profiled:
+            _close(output(compiled, inputs), expected)
+    assert {"fastdiff::adaln_modulate", "fastdiff::gate_residual"} <= {event.key for event in profiled.key_averages()}
 
 
 def test_gradient_checkpointing() -> None:
     """The gradients of eager, with the blocks run twice."""
-    grads = []
+    grads, calls = [], []
     for patched in (False, True):
         model = sd15_unet().requires_grad_(True).train()
         model.enable_gradient_checkpointing()
+        model.mid_block.resnets[1].conv1.register_forward_hook(lambda module, args, result: calls.append(module))
         if patched:
             fastdiff.patch(model)
         model(**inputs_of()).sample.square().mean().backward()
         grads.append([p.grad for p in model.parameters()])
+        assert len(calls) == 2 * len(grads)
+    assert all("a gradient is needed" in row.reason for row in fastdiff.report(model).rows)
     for ours, eager in zip(grads[1], grads[0], strict=True):
         assert (ours - eager).norm() <= 1e-4 * eager.norm() + 1e-7
 

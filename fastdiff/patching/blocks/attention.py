@@ -21,6 +21,9 @@ from fastdiff.ops import attention, group_norm_silu
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, drop, forward, why_stock
 
+#: One is for a norm of VAEs, the others for the processors of IP-Adapters: stock code drops them at all other places.
+_KNOWN_ARGUMENTS = {"temb", "ip_adapter_masks", "ip_hidden_states"}
+
 
 def legacy_attention(
     self: Any,
@@ -35,8 +38,8 @@ def legacy_attention(
     reason = why_stock(hidden_states) if norm is None else why_stock(hidden_states, norm)
     if reason is None:
         reason = _why_not(self)
-    if cross_attention_kwargs and cross_attention_kwargs.keys() != {"temb"}:
-        reason = f"called with {', '.join(cross_attention_kwargs)}"
+    if unknown := [name for name in cross_attention_kwargs if name not in _KNOWN_ARGUMENTS]:
+        reason = f"called with {', '.join(unknown)}"
     if reason is not None:
         return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
 
