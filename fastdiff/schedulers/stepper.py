@@ -233,6 +233,9 @@ class Stepper:
         for name in self._unknown:
             if named[name] is not self._defaults.get(name, self):
                 return f"the argument {name} is given"
+        for name in sampler.scalars:
+            if named[name] is None and self._defaults.get(name) is False:
+                named[name] = False  # pipelines pass None for a switch that is off
         scalars = tuple([named[name] for name in sampler.scalars])
         for scalar in scalars:
             if not isinstance(scalar, (int, float)):

@@ -14,6 +14,7 @@ from diffusers import (
     CMStochasticIterativeScheduler,
     ConsistencyModelPipeline,
     ControlNetModel,
+    DDIMPipeline,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -138,6 +139,10 @@ def _consistency() -> tuple[DiffusionPipeline, dict[str, Any]]:
     return ConsistencyModelPipeline(unet=TINY["consistency model"](), scheduler=scheduler), {"class_labels": 3}
 
 
+def _unconditional() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    return DDIMPipeline(unet=TINY["DDPM"](), scheduler=DDIMScheduler(clip_sample=False)), {"eta": 0.5}
+
+
 def _animatediff() -> tuple[DiffusionPipeline, dict[str, Any]]:
     adapter = randomized(
         MotionAdapter(
@@ -241,6 +246,7 @@ PIPELINES: dict[str, tuple[Callable[[], tuple[DiffusionPipeline, dict[str, Any]]
     "T2I adapter": (_t2i_adapter, {"unet", "vae"}),
     "LCM": (_lcm, {"unet", "vae"}),
     "consistency model": (_consistency, {"unet"}),
+    "DDIM": (_unconditional, {"unet"}),
     "AnimateDiff": (_animatediff, {"unet", "vae"}),
     "Stable Video Diffusion": (_video, {"unet", "vae"}),
     "DeepFloyd IF": (_deepfloyd, {"unet"}),
@@ -289,6 +295,8 @@ def test_pipeline(name: str) -> None:
     assert not torch.equal(ours, eager), "bitwise equal: nothing fused ran"
     assert (ours - eager).norm() <= rounding
     rows = fastdiff.report(pipe).rows
+    (steps,) = [row for row in rows if row.path == "scheduler"]
+    assert steps.fused or (name == "DeepFloyd IF" and "thresholding" in steps.reason), steps
     for component in components:
         places = [row for row in rows if row.path.startswith(f"{component}.")]
         reached = [row for row in places if row.backend != "not run yet"]
