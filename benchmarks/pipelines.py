@@ -13,38 +13,25 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import diffusers
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import fastdiff
-from fastdiff import backends
 from fastdiff.patching.families import example_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "pipelines.json"
 sys.path.insert(0, str(ROOT / "tests" / "patching"))
 
+from fakes import fake_tensors  # noqa: E402
 from published import PLAIN, Plain  # noqa: E402
 from transformer_models import TRANSFORMERS, Transformer  # noqa: E402
 from zoo import ZOO, Entry, model_class  # noqa: E402
-
-
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Within the block tensors are fake, and the backends take them for real ones."""
-    with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
-        stack.enter_context(mock.patch.object(backends, "_PLAIN", (*backends._PLAIN, FakeTensor)))
-        stack.enter_context(torch.no_grad())
-        yield
 
 
 def count(model: Any, pipelines: str, configuration: str, inputs: dict[str, Any] | None = None) -> dict[str, Any]:

@@ -61,7 +61,8 @@ class Call {
     for (int axis = 0; axis < 3; ++axis) {
       const int64_t own = rank == 2 ? axis - 1 : axis;
       if (own < 0 || own >= rank - 1 || cosine->size(own) == 1) continue;
-      fits = fits && (axis == 1 || cosine->size(own) == full[axis]) && (axis != 2 || full[2] == args.joint[1].heads);
+      const int64_t keys = args.joint[1].heads;  // none: only queries are rotated
+      fits = fits && (axis == 1 || cosine->size(own) == full[axis]) && (axis != 2 || !keys || full[2] == keys);
       args.table_stride[axis] = cosine->stride(own);
     }
     if (sine) {

@@ -74,7 +74,7 @@ def qk_norm_rope(
         if text is not None:
             parts.insert(0 if text_first else 1, _norm(text, text_weight, None, eps, rms, across_heads))
         y = torch.cat(parts, dim=1)
-        return y if cos is None else _rotate(y, cos, sin, rope_start, interleaved)
+        return y if cos is None or not y.shape[2] else _rotate(y, cos, sin, rope_start, interleaved)
 
     return joined(q, q_weight, q_bias, text_q, text_q_weight), joined(k, k_weight, k_bias, text_k, text_k_weight)
 
@@ -176,7 +176,7 @@ def _check_tables(qs: torch.Size, ks: torch.Size, cos: Tensor, sin: Tensor | Non
         raise ValueError(f"cos is {cos.dtype}, expected floating point; pass torch.view_as_real of a complex table")
     fits = len(shape) in (2, 4) and 0 < shape[-1] <= qs[3] and shape[-1] % 2 == 0
     if fits and len(shape) == 4:
-        fits = shape[0] in (1, qs[0]) and shape[2] in ({1, qs[2]} if qs[2] == ks[2] else {1})
+        fits = shape[0] in (1, qs[0]) and shape[2] in ({1, qs[2]} if ks[2] in (0, qs[2]) else {1})
     if not fits:
         raise ValueError(
             f"cos is a table of shape {shape}, expected (T, R) or (B or 1, T, H or 1, R) for {tuple(qs)}, R even"

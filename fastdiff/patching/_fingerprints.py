@@ -69,6 +69,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.attention_processor:MochiAttnProcessor2_0.__call__": {
         "97865caddd873e13": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:MochiVaeAttnProcessor2_0.__call__": {
+        "fff8bf5a7293191f": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:SanaMultiscaleLinearAttention.forward": {
         "ac6b237940cc95b0": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -145,6 +148,12 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.autoencoders.autoencoder_kl_hunyuanvideo15:HunyuanVideo15ResnetBlock.forward": {
         "6b843a854ea0dbd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.autoencoders.autoencoder_kl_ltx2:LTX2VideoResnetBlock3d.forward": {
+        "2dfcdb65a6a6dc42": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_ltx2:PerChannelRMSNorm.forward": {
+        "311efab5b9bbc64e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.autoencoders.autoencoder_kl_ltx:LTXVideoDecoder3d.forward": {
         "8ffac93765179e3f": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -153,6 +162,15 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.autoencoders.autoencoder_kl_ltx:LTXVideoResnetBlock3d.forward": {
         "2a4fba66b8935529": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_magvit:EasyAnimateDecoder.forward": {
+        "44a6f10102074e1c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_magvit:EasyAnimateEncoder.forward": {
+        "491372ea58834adb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.autoencoders.autoencoder_kl_magvit:EasyAnimateResidualBlock3D.forward": {
+        "74194422bbc38fa2": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.autoencoders.autoencoder_kl_mochi:MochiChunkedGroupNorm3D.forward": {
         "483a2df088fd6bad": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -229,6 +247,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.embeddings:apply_rotary_emb": {
         "11726922bd1ef54d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.embeddings:get_1d_rotary_pos_embed": {
+        "57fbee87d72c045a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.normalization:AdaGroupNorm.forward": {
         "a35c66d43c6edce6": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -247,8 +268,14 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.normalization:CogVideoXLayerNormZero.forward": {
         "d68438e342aad89d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.normalization:CogView3PlusAdaLayerNormZeroTextImage.forward": {
+        "8c34fc9c236e9ebb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.normalization:FP32LayerNorm.forward": {
         "1f774f77e5bd6205": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.normalization:LpNorm.forward": {
+        "8bf86dd83ad5759c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.normalization:LuminaLayerNormContinuous.forward": {
         "a03baeb9a5eda05a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -294,6 +321,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.cogvideox_transformer_3d:CogVideoXBlock.forward": {
         "4f344f7ae3090abf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.consisid_transformer_3d:ConsisIDBlock.forward": {
+        "70ad2fab65dc7eda": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.dit_transformer_2d:DiTTransformer2DModel.forward": {
         "6a486c860cff1de6": "0.38.0 0.39.0 0.40.0",
         "6ede5f5f693e7e92": "0.41.0 0.42.0 0.42.1",
@@ -337,6 +367,24 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_chroma:ChromaTransformerBlock.forward": {
         "96aaa8b8908e6ed9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_chronoedit:WanAttention.forward": {
+        "9607fd59123a6799": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chronoedit:WanAttnProcessor.__call__": {
+        "e9c273a6928e5111": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chronoedit:WanTransformerBlock.forward": {
+        "d723951c58b11cd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chronoedit:_get_added_kv_projections": {
+        "b7bef85412858502": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_chronoedit:_get_qkv_projections": {
+        "6d06313c6b11188a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cogview3plus:CogView3PlusTransformerBlock.forward": {
+        "79410f5761d54eab": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_cogview4:CogView4AdaLayerNormContinuous.forward": {
         "e86b3db14844b45c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -349,12 +397,27 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_cogview4:CogView4TransformerBlock.forward": {
         "6bd97e3cbd0139cb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_cosmos:CosmosAdaLayerNorm.forward": {
+        "0bafbf304bae6b6e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cosmos:CosmosAdaLayerNormZero.forward": {
+        "0032c82ed73099e8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cosmos:CosmosAttnProcessor2_0.__call__": {
+        "3f95f762d987f13f": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_cosmos:CosmosTransformerBlock.forward": {
+        "4192bbcc17f59f4d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_flux2:Flux2Attention.forward": {
         "39e5e0cdf7300c1e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_flux2:Flux2AttnProcessor.__call__": {
         "b809600f935a4a38": "0.38.0 0.39.0",
         "5f486eab380c0602": "0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2Modulation.forward": {
+        "2f844764d2614873": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_flux2:Flux2Modulation.split": {
         "1f51cb3dad58a323": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -365,6 +428,10 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_flux2:Flux2ParallelSelfAttnProcessor.__call__": {
         "8810881a50c0a90c": "0.38.0 0.39.0",
         "8fc9179fafc53957": "0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_flux2:Flux2PosEmbed.forward": {
+        "119047ade9a93eeb": "0.38.0",
+        "a50dac107e2757cc": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_flux2:Flux2SingleTransformerBlock.forward": {
         "b99e2b4b1410f29a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -383,11 +450,24 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "c47a4d441446e3a5": "0.38.0 0.39.0",
         "620b83d19c5dc56d": "0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_flux:FluxPosEmbed.forward": {
+        "35ae3f91a8ca0bfc": "0.38.0",
+        "6b860557f88d1a9a": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_flux:FluxSingleTransformerBlock.forward": {
         "b1d5042d7e994482": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_flux:FluxTransformerBlock.forward": {
         "85ae83ef6d8a56fb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15AttnProcessor2_0.__call__": {
+        "9ab787e4c210c402": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15IndividualTokenRefinerBlock.forward": {
+        "46993695143467a3": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15TransformerBlock.forward": {
+        "037187f627b8f761": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoAttnProcessor2_0.__call__": {
         "32bf2efe8d1423d7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -412,6 +492,56 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_hunyuan_video:HunyuanVideoTransformerBlock.forward": {
         "037187f627b8f761": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageAttnProcessor.__call__": {
+        "8a84afdb0c341e75": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageIndividualTokenRefinerBlock.forward": {
+        "46993695143467a3": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageSingleTransformerBlock.forward": {
+        "ee89691c9abb1104": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hunyuanimage:HunyuanImageTransformerBlock.forward": {
+        "d5dac857cecf55cc": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_longcat_image:LongCatImageAttention.forward": {
+        "3f58f84303b595c8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_longcat_image:LongCatImageAttnProcessor.__call__": {
+        "2684826b951e85cd": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_longcat_image:LongCatImagePosEmbed.forward": {
+        "35ae3f91a8ca0bfc": "0.38.0",
+        "6b860557f88d1a9a": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_longcat_image:LongCatImageSingleTransformerBlock.forward": {
+        "b1d5042d7e994482": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_longcat_image:LongCatImageTransformerBlock.forward": {
+        "85ae83ef6d8a56fb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:LTX2Attention.forward": {
+        "c8ed3d2f14ed9a72": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:LTX2AudioVideoAttnProcessor.__call__": {
+        "798e9ef5c2480622": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:LTX2PerturbedAttnProcessor.__call__": {
+        "085b004602556038": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:LTX2VideoTransformerBlock.forward": {
+        "1569234a344b3421": "0.38.0 0.39.0",
+        "fb44cc89960d05ee": "0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:LTX2VideoTransformerBlock.get_mod_params": {
+        "124a0ae4e0497a9c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:apply_interleaved_rotary_emb": {
+        "2a99fb59182630c2": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ltx2:apply_split_rotary_emb": {
+        "9238acdc6238eda4": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_ltx:LTXAttention.forward": {
         "9f5064dc970f19db": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -444,6 +574,22 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_mochi:MochiTransformerBlock.forward": {
         "09d1b755221259bf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.transformers.transformer_ovis_image:OvisImageAttention.forward": {
+        "3f58f84303b595c8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ovis_image:OvisImageAttnProcessor.__call__": {
+        "828606404d50e3ab": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ovis_image:OvisImagePosEmbed.forward": {
+        "35ae3f91a8ca0bfc": "0.38.0",
+        "6b860557f88d1a9a": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ovis_image:OvisImageSingleTransformerBlock.forward": {
+        "77fbec485654f1e1": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_ovis_image:OvisImageTransformerBlock.forward": {
+        "85ae83ef6d8a56fb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.transformers.transformer_qwenimage:QwenDoubleStreamAttnProcessor2_0.__call__": {
         "d62cf83381e785d7": "0.38.0",
         "bb184140552e2778": "0.39.0",
@@ -462,6 +608,21 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.transformers.transformer_sd3:SD3SingleTransformerBlock.forward": {
         "6fc428cb13c1a1dd": "0.38.0 0.39.0 0.40.0",
         "9eb91a939718d319": "0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_skyreels_v2:SkyReelsV2Attention.forward": {
+        "9607fd59123a6799": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_skyreels_v2:SkyReelsV2AttnProcessor.__call__": {
+        "8a12d1b92ddbc57d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_skyreels_v2:SkyReelsV2TransformerBlock.forward": {
+        "da9d57063891e921": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_skyreels_v2:_get_added_kv_projections": {
+        "34d2761213af8102": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_skyreels_v2:_get_qkv_projections": {
+        "fb16afb1d7acb97a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_temporal:TransformerSpatioTemporalModel.forward": {
         "5d3336da9f3061d8": "0.38.0 0.39.0 0.40.0",
@@ -484,6 +645,24 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_wan:_get_qkv_projections": {
         "6d06313c6b11188a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan_animate:WanAttention.forward": {
+        "9607fd59123a6799": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan_animate:WanAttnProcessor.__call__": {
+        "81260944b709c95b": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan_animate:WanTransformerBlock.forward": {
+        "d723951c58b11cd9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan_animate:_get_added_kv_projections": {
+        "b7bef85412858502": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan_animate:_get_qkv_projections": {
+        "6d06313c6b11188a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_wan_vace:WanVACETransformerBlock.forward": {
+        "5eab0e0653c486db": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_z_image:FeedForward._forward_silu_gating": {
         "d2738b39cca3d750": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

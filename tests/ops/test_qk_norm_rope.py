@@ -264,3 +264,17 @@ def test_gradients_and_opcheck(variant: str) -> None:
 def test_compile() -> None:
     (q, k), keywords = _sample("joint, text first", torch.bfloat16)
     assert_compiles(qk_norm_rope, q, k, **keywords)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_queries_alone_with_a_table_per_head(interleaved: bool) -> None:
+    """Where keys have other positions, they come with no heads, and the queries are what they are beside keys."""
+    (q, k), keywords = _sample("across heads, table per head")
+    keywords["interleaved"] = interleaved
+    beside, _ = qk_norm_rope(q, k, **keywords)
+    del keywords["k_weight"]
+    assert qk_norm_rope.choose(q, q[:, :, :0], **keywords).backend != "eager"
+    for op in (qk_norm_rope, qk_norm_rope.eager):
+        alone, nothing = op(q, q[:, :, :0], **keywords)
+        torch.testing.assert_close(alone, beside)
+        assert nothing.shape == (B, S, 0, D)

@@ -104,7 +104,7 @@ def test_video_tiles_chunks_and_slices(name: str) -> None:
     assert not torch.equal(ours, eager)
     assert (ours - reference).norm() <= 1.05 * (eager - reference).norm()
     left = {row.reason for row in fastdiff.report(model).rows if not row.fused}
-    assert left == ({"it normalizes queries or keys"} if name == "Mochi" else set())
+    assert not left
     fastdiff.unpatch(model)
     assert torch.equal(output(model, {"sample": clips[0]}).double(), eager[0])
 
@@ -114,7 +114,8 @@ def test_hook_on_a_norm_or_an_activation(name: str) -> None:
     """A norm with a hook, and the norms before an activation with one, are computed by themselves; others are not."""
     model, found = _video(name), []
     block = next(m for _, m in model.decoder.named_modules() if hasattr(m, "norm2") and hasattr(m, "nonlinearity"))
-    inputs = {"sample": torch.randn(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0))}
+    frames = 7 if name == "Mochi" else 5  # of which its attention sees a few
+    inputs = {"sample": torch.randn(1, 3, frames, 32, 32, generator=torch.Generator().manual_seed(0))}
     eager = output(model, inputs)
     fastdiff.patch(model)
     for hooked, separate in ((block.norm1, {"norm1"}), (block.nonlinearity, {"norm1", "norm2"})):
@@ -127,7 +128,7 @@ def test_hook_on_a_norm_or_an_activation(name: str) -> None:
                if m is getattr(block, name)}  # fmt: skip
         assert {name for name, row in own.items() if not row.fused} == separate
         assert all(own[name].reason == "the norm or the activation has hooks" for name in separate)
-        assert sum(not row.fused for row in rows.values()) == len(separate) + (4 if name == "Mochi" else 0)
+        assert sum(not row.fused for row in rows.values()) == len(separate)
         found.clear()
     output(model, inputs)
     assert all(row.fused for row in fastdiff.report(model).rows if row.path.startswith("decoder"))

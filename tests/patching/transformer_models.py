@@ -6,36 +6,53 @@ launches patching must at least remove. The inputs are the families' own example
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import accelerate
 import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     ChromaTransformer2DModel,
+    ChronoEditTransformer3DModel,
     CogVideoXTransformer3DModel,
+    CogView3PlusTransformer2DModel,
     CogView4Transformer2DModel,
+    ConsisIDTransformer3DModel,
+    CosmosTransformer3DModel,
     DiTTransformer2DModel,
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
     HunyuanDiT2DControlNetModel,
     HunyuanDiT2DModel,
+    HunyuanImageTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoFramepackTransformer3DModel,
     HunyuanVideoTransformer3DModel,
     LatteTransformer3DModel,
+    LongCatImageTransformer2DModel,
+    LTX2VideoTransformer3DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     MochiTransformer3DModel,
+    OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
+    QwenImageControlNetModel,
     QwenImageTransformer2DModel,
+    SanaControlNetModel,
     SanaTransformer2DModel,
     SD3ControlNetModel,
     SD3Transformer2DModel,
+    SkyReelsV2Transformer3DModel,
     StableAudioDiTModel,
     WanTransformer3DModel,
+    WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
 from models import randomized
+from published_transformers import REAL
 from torch import Tensor, nn
 
 from fastdiff.patching.families import family_of
@@ -70,19 +87,46 @@ class Transformer:
 
     def published(self, *, deep: bool = False, device: str = "meta") -> Any:
         """A model of published sizes without weights, with few blocks of each kind or all."""
-        config = {"num_layers": 2} | _REAL[self.name] | (self.depth if deep else {})
-        if config["num_layers"] is None:
-            del config["num_layers"]
         with torch.device(device):
-            return self.cls(**config).eval().requires_grad_(False)
+            return self.cls(**self._published(deep)).eval().requires_grad_(False)
+
+    def loaded(self) -> Any:
+        """The same on the CPU, as ``from_pretrained`` gives it for bf16; for fake tensors."""
+        return _as_loaded(self.published(device="cpu"), lambda weight, dtype: weight.to(dtype))
+
+    def hollow(self) -> Any:
+        """The same with real tensors, every matrix being one zero in all its places: it runs, and takes no memory."""
+
+        def zeros(weight: Tensor, dtype: torch.dtype) -> Tensor:
+            shape = weight.shape if weight.dim() < 2 else (1,) * weight.dim()
+            return torch.zeros(shape, dtype=dtype).expand(weight.shape)
+
+        with accelerate.init_empty_weights():
+            return _as_loaded(self.cls(**self._published(deep=False)), zeros)
+
+    def _published(self, deep: bool) -> dict[str, Any]:
+        config = {"num_layers": 2} | REAL[self.name] | (self.depth if deep else {})
+        return {key: value for key, value in config.items() if key != "num_layers" or value is not None}
 
     def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:
-        """The family's example for one seed."""
+        """The family's example for one seed; rotary tables stay in fp32, as pipelines make them."""
         model = self.build() if model is None else model
         family = family_of(model)
         assert family is not None
         torch.manual_seed(seed)
-        return to_dtype(family.example(model), dtype)
+        found = family.example(model)
+        return {key: to_dtype(value, torch.float32 if "rotary" in key else dtype) for key, value in found.items()}
+
+
+def _as_loaded(model: Any, make: Callable[[Tensor, torch.dtype], Tensor]) -> Any:
+    """With new weights, in bf16 but for those that the class keeps in fp32; buffers stay."""
+    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
+    for path, module in model.named_modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                dtype = torch.float32 if kept & {*path.split("."), name} else torch.bfloat16
+                module._parameters[name] = nn.Parameter(make(weight, dtype), requires_grad=False)
+    return model.eval()
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -149,10 +193,20 @@ _LTX = {
     "in_channels": 6, "out_channels": 6, "num_attention_heads": 3, "attention_head_dim": 22,
     "cross_attention_dim": 66, "num_layers": 2, "caption_channels": 28,
 }  # fmt: skip
+_LTX2 = {
+    "in_channels": 6, "out_channels": 6, "num_attention_heads": 2, "attention_head_dim": 22, "cross_attention_dim": 44,
+    "audio_in_channels": 5, "audio_out_channels": 5, "audio_num_attention_heads": 2, "audio_attention_head_dim": 12,
+    "audio_cross_attention_dim": 24, "num_layers": 2, "caption_channels": 28,
+}  # fmt: skip
 _HUNYUAN_VIDEO = {
     "in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 20, "num_layers": 2,
     "num_single_layers": 3, "num_refiner_layers": 2, "text_embed_dim": 28, "pooled_projection_dim": 24,
     "rope_axes_dim": (4, 8, 8),
+}  # fmt: skip
+_HUNYUAN_VIDEO_SITES = {
+    "HunyuanVideoTransformerBlock": 2, "HunyuanVideoSingleTransformerBlock": 3, "Attention": 7,
+    "HunyuanVideoIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3,
+    "AdaLayerNormContinuous": 1, "GELU": 4,
 }  # fmt: skip
 _COGVIDEOX = {
     "num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16,
@@ -250,9 +304,7 @@ TRANSFORMERS = [
                 {"LTXVideoTransformerBlock": 2, "LTXAttention": 4, "GELU": 2}),
     Transformer("HunyuanVideo", HunyuanVideoTransformer3DModel, _HUNYUAN_VIDEO,
                 {"num_layers": 20, "num_single_layers": 40}, 0.6,
-                {"HunyuanVideoTransformerBlock": 2, "HunyuanVideoSingleTransformerBlock": 3, "Attention": 7,
-                 "HunyuanVideoIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3,
-                 "AdaLayerNormContinuous": 1, "GELU": 4}),
+                _HUNYUAN_VIDEO_SITES),
     Transformer("HunyuanVideo I2V", HunyuanVideoTransformer3DModel,
                 _HUNYUAN_VIDEO | {"image_condition_type": "token_replace"}, {"num_layers": 20, "num_single_layers": 40},
                 0.6,
@@ -303,57 +355,63 @@ TRANSFORMERS = [
     Transformer("Mochi", MochiTransformer3DModel, _MOCHI, {"num_layers": 48}, 0.5,
                 {"MochiTransformerBlock": 3, "MochiRMSNormZero": 5, "MochiLayerNormContinuous": 1, "MochiAttention": 3,
                  "SwiGLU": 5, "AdaLayerNormContinuous": 1}),
+    Transformer("Wan VACE", WanVACETransformer3DModel,
+                _WAN | {"cross_attn_norm": True, "vace_layers": [0, 1], "vace_in_channels": 7},
+                {"num_layers": 40, "vace_layers": list(range(0, 40, 5))}, 0.55,
+                {"WanTransformerBlock": 2, "WanVACETransformerBlock": 2, "WanAttention": 8, "GELU": 4}),
+    Transformer("ChronoEdit", ChronoEditTransformer3DModel,  # its tables want heads of a multiple of 6
+                _WAN | {"attention_head_dim": 24, "image_dim": 26, "added_kv_proj_dim": 72, "in_channels": 9},
+                {"num_layers": 40}, 0.55, {"WanTransformerBlock": 2, "WanAttention": 4, "GELU": 2},
+                {("GELU", "its GELU is exact: one operation already"): 1}),
+    Transformer("SkyReels V2", SkyReelsV2Transformer3DModel, _WAN, {"num_layers": 40}, 0.55,
+                {"SkyReelsV2TransformerBlock": 2, "SkyReelsV2Attention": 4, "GELU": 2}),
+    Transformer("SkyReels V2 DF", SkyReelsV2Transformer3DModel,
+                _WAN | {"inject_sample_info": True, "num_frame_per_block": 2}, {"num_layers": 30}, 0.5,
+                {"SkyReelsV2TransformerBlock": 2, "SkyReelsV2Attention": 4, "GELU": 2}),
+    Transformer("HunyuanVideo FramePack", HunyuanVideoFramepackTransformer3DModel,
+                _HUNYUAN_VIDEO | {"has_image_proj": True, "image_proj_dim": 26, "has_clean_x_embedder": True},
+                {"num_layers": 20, "num_single_layers": 40}, 0.6, _HUNYUAN_VIDEO_SITES),
+    Transformer("HunyuanVideo 1.5", HunyuanVideo15Transformer3DModel,
+                {k: v for k, v in _HUNYUAN_VIDEO.items() if k not in ("num_single_layers", "pooled_projection_dim")}
+                | {"text_embed_2_dim": 26, "image_embed_dim": 24}, {"num_layers": 54}, 0.6,
+                {"HunyuanVideo15TransformerBlock": 2, "HunyuanVideo15IndividualTokenRefinerBlock": 2, "Attention": 4,
+                 "AdaLayerNormZero": 4, "AdaLayerNormContinuous": 1, "GELU": 4}),
+    Transformer("HunyuanImage 2.1", HunyuanImageTransformer2DModel,
+                {k: v for k, v in _HUNYUAN_VIDEO.items() if k != "pooled_projection_dim"}
+                | {"text_embed_2_dim": 26, "rope_axes_dim": (8, 12)}, {"num_layers": 20, "num_single_layers": 40}, 0.6,
+                {"HunyuanImageTransformerBlock": 2, "HunyuanImageSingleTransformerBlock": 3, "Attention": 7,
+                 "HunyuanImageIndividualTokenRefinerBlock": 2, "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3,
+                 "AdaLayerNormContinuous": 1, "GELU": 4}),
+    Transformer("LTX-2", LTX2VideoTransformer3DModel, _LTX2, {"num_layers": 48}, 0.5,
+                {"LTX2VideoTransformerBlock": 2, "LTX2Attention": 12, "GELU": 4}),
+    Transformer("LTX-2.3", LTX2VideoTransformer3DModel,
+                _LTX2 | {"rope_type": "split", "gated_attn": True, "audio_gated_attn": True, "cross_attn_mod": True,
+                         "audio_cross_attn_mod": True, "perturbed_attn": True}, {"num_layers": 48}, 0.5,
+                {"LTX2VideoTransformerBlock": 2, "LTX2Attention": 12, "GELU": 4}),
+    Transformer("Qwen-Image ControlNet", QwenImageControlNetModel, _QWEN, {"num_layers": 5}, 0.6,
+                {"QwenImageTransformerBlock": 2, "Attention": 2, "GELU": 4}),
+    Transformer("Sana ControlNet", SanaControlNetModel, _SANA, {"num_layers": 7}, 0.2,
+                {"SanaTransformerBlock": 2, "GLUMBConv": 2, "Attention": 2}, _LINEAR),
+    Transformer("Cosmos", CosmosTransformer3DModel,
+                {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2, "attention_head_dim": 20,
+                 "num_layers": 2, "text_embed_dim": 28, "adaln_lora_dim": 10, "max_size": (8, 16, 16),
+                 "concat_padding_mask": False, "extra_pos_embed_type": None}, {"num_layers": 28}, 0.5,
+                {"CosmosTransformerBlock": 2, "CosmosAdaLayerNormZero": 6, "CosmosAdaLayerNorm": 1, "Attention": 4},
+                {("GELU", "its GELU is exact: one operation already"): 2}),
+    Transformer("LongCat-Image", LongCatImageTransformer2DModel,
+                _FLUX, _FLUX_DEPTH, 0.6,
+                {"LongCatImageTransformerBlock": 2, "LongCatImageSingleTransformerBlock": 3, "LongCatImageAttention": 5,
+                 "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3, "AdaLayerNormContinuous": 1, "GELU": 4}),
+    Transformer("Ovis-Image", OvisImageTransformer2DModel,
+                {k: v for k, v in _FLUX.items() if k != "pooled_projection_dim"},
+                {"num_layers": 6, "num_single_layers": 27}, 0.6,
+                {"OvisImageTransformerBlock": 2, "OvisImageSingleTransformerBlock": 3, "OvisImageAttention": 5,
+                 "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3, "AdaLayerNormContinuous": 1, "SwiGLU": 4}),
+    Transformer("ConsisID", ConsisIDTransformer3DModel, _COGVIDEOX | {"use_rotary_positional_embeddings": True},
+                {"num_layers": 42}, 0.5,
+                {"ConsisIDBlock": 2, "CogVideoXLayerNormZero": 4, "AdaLayerNorm": 1, "Attention": 2, "GELU": 2}),
+    Transformer("CogView3 Plus", CogView3PlusTransformer2DModel,
+                {k: v for k, v in _COGVIEW4.items() if k != "rope_axes_dim"}, {"num_layers": 30}, 0.5,
+                {"CogView3PlusTransformerBlock": 2, "CogView3PlusAdaLayerNormZeroTextImage": 2, "Attention": 2,
+                 "GELU": 2, "AdaLayerNormContinuous": 1}),
 ]  # fmt: skip
-
-_SD3_REAL = {
-    "sample_size": 128, "in_channels": 16, "out_channels": 16, "num_attention_heads": 24, "joint_attention_dim": 4096,
-    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
-}  # fmt: skip
-_FLUX_REAL = {"num_single_layers": 2, "guidance_embeds": True}
-_WAN_REAL = {"num_attention_heads": 40, "ffn_dim": 13824, "cross_attn_norm": True}
-_COGVIDEOX_REAL = {"sample_width": 90, "sample_height": 60, "sample_frames": 49}
-
-_HUNYUAN_REAL = {"in_channels": 4, "patch_size": 2, "sample_size": 128, "hidden_size": 1408}
-
-#: Changes of the classes' defaults that make the published configurations, but for the number of blocks.
-_REAL: dict[str, dict[str, Any]] = {
-    "Flux dev": _FLUX_REAL,
-    "Flux schnell": _FLUX_REAL | {"guidance_embeds": False},
-    "Flux Fill": _FLUX_REAL | {"in_channels": 384, "out_channels": 64},
-    "Flux ControlNet": _FLUX_REAL,
-    "SD3": _SD3_REAL,
-    "SD3.5 medium": _SD3_REAL | {"qk_norm": "rms_norm", "dual_attention_layers": (0,), "pos_embed_max_size": 384},
-    "SD3.5 large": _SD3_REAL | {"qk_norm": "rms_norm", "num_attention_heads": 38, "caption_projection_dim": 2432},
-    "SD3 ControlNet": _SD3_REAL,
-    "SD3.5 ControlNet": _SD3_REAL | {
-        "num_attention_heads": 38, "joint_attention_dim": None, "caption_projection_dim": None, "use_pos_embed": False,
-    },
-    "PixArt": {"caption_channels": 4096},
-    "Wan T2V": {"num_attention_heads": 12, "ffn_dim": 8960, "cross_attn_norm": True},
-    "Wan I2V": _WAN_REAL | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
-    "Flux2": {"num_single_layers": 2},
-    "Qwen-Image": {},
-    "Qwen-Image-Edit": {"zero_cond_t": True},
-    "Z-Image": {"num_layers": None, "n_layers": 2},
-    "LTX": {},
-    "HunyuanVideo": {"num_single_layers": 2},
-    "HunyuanVideo I2V": {"num_single_layers": 2, "image_condition_type": "token_replace"},
-    "CogVideoX 5B": _COGVIDEOX_REAL | {"num_attention_heads": 48, "use_rotary_positional_embeddings": True},
-    "CogVideoX 2B": _COGVIDEOX_REAL,
-    "Chroma": {"num_single_layers": 2},
-    "AuraFlow": {"num_layers": None, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "pos_embed_max_size": 9216},
-    "Lumina2": {},
-    "Sana": {},
-    "Sana Sprint": {"qk_norm": "rms_norm_across_heads", "guidance_embeds": True},
-    "Latte": {
-        "attention_head_dim": 72, "in_channels": 4, "out_channels": 8, "cross_attention_dim": 1152, "patch_size": 2,
-        "attention_bias": True, "activation_fn": "gelu-approximate", "norm_type": "ada_norm_single",
-        "norm_elementwise_affine": False, "caption_channels": 4096,
-    },
-    "Stable Audio": {},
-    "CogView4": {"num_attention_heads": 32, "attention_head_dim": 128},
-    "HunyuanDiT": _HUNYUAN_REAL,
-    "DiT-XL/2": {"attention_head_dim": 72, "in_channels": 4, "out_channels": 8},
-    "Mochi": {},
-    "HunyuanDiT ControlNet": _HUNYUAN_REAL | {"num_layers": None, "transformer_num_layers": 6},
-}  # fmt: skip

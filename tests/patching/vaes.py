@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 
@@ -17,13 +15,8 @@ class Vae(NamedTuple):
     tiny: dict[str, Any]
     public: dict[str, Any]
     source: str
-    left: Mapping[str, str] = MappingProxyType({})
-    least: float = 1.0
 
 
-_MOCHI_ATTENTION = (
-    *(f"encoder.down_blocks.{i}.attentions.0" for i in range(3)), "encoder.block_out.attentions.0",
-)  # fmt: skip
 _GROUPS = {"norm_num_groups": 4}
 _WAN22 = {
     "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "in_channels": 12, "out_channels": 12,
@@ -82,10 +75,10 @@ VAES = (
     Vae("CogVideoX", "AutoencoderKLCogVideoX", {"GroupNorm": 13, "CogVideoXSpatialNorm3D": 21}, 0.2,
         _GROUPS | {"latent_channels": 4, "block_out_channels": (8, 12, 16, 16), "layers_per_block": 1},
         {}, "THUDM/CogVideoX-5b"),
-    Vae("Mochi", "AutoencoderKLMochi", {"MochiChunkedGroupNorm3D": 25}, 0.3,
+    Vae("Mochi", "AutoencoderKLMochi", {"MochiChunkedGroupNorm3D": 25, "Attention": 4}, 0.3,
         {"encoder_block_out_channels": (32, 32, 64, 64), "decoder_block_out_channels": (32, 64, 64, 96),
          "latent_channels": 4, "layers_per_block": (1, 1, 1, 1, 1)},
-        {}, "genmo/mochi-1-preview", dict.fromkeys(_MOCHI_ATTENTION, "it normalizes queries or keys"), 0.85),
+        {}, "genmo/mochi-1-preview"),
     Vae("LTX 0.9", "AutoencoderKLLTXVideo", {"LTXVideoResnetBlock3d": 14, "RMSNorm": 2}, 0.4,
         {"latent_channels": 8, "block_out_channels": (8, 12, 16, 16), "decoder_block_out_channels": (8, 12, 16, 16),
          "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1, 1)},
@@ -95,6 +88,13 @@ VAES = (
                    "decoder_block_out_channels": (8, 16, 32), "layers_per_block": (1, 1, 1, 1, 1),
                    "decoder_layers_per_block": (1, 1, 1, 1)},
         _LTX095, "Lightricks/LTX-Video-0.9.5"),
+    Vae("LTX-2", "AutoencoderKLLTX2Video", {"LTX2VideoResnetBlock3d": 9, "PerChannelRMSNorm": 2}, 0.3,
+        {"latent_channels": 8, "block_out_channels": (8, 16, 16, 32), "decoder_block_out_channels": (8, 16, 32),
+         "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1)},
+        {}, "Lightricks/LTX-2"),
+    Vae("EasyAnimate", "AutoencoderKLMagvit", {"EasyAnimateResidualBlock3D": 14, "GroupNorm": 2}, 0.2,
+        _GROUPS | {"latent_channels": 4, "block_out_channels": (8, 12, 16, 16), "layers_per_block": 1},
+        {}, "alibaba-pai/EasyAnimateV5.1-12b-zh"),
     Vae("Sana (DC-AE)", "AutoencoderDC", {"RMSNorm": 11, "GLUMBConv": 4}, 0.34,
         {"latent_channels": 4, "attention_head_dim": 4, "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
          "decoder_block_types": ("ResBlock", "EfficientViTBlock"), "encoder_block_out_channels": (8, 16),

@@ -140,8 +140,8 @@ _3D = {
 
 def _vae(row: Vae) -> Entry:
     """A row of the other table."""
-    case = _case(f"VAE of {row.pipelines}", row.cls, row.sites, row.saved, left=row.left, **row.tiny)
-    return Entry(case, f"VAE of {row.pipelines}", row.cls, row.public, row.source, row.least)
+    case = _case(f"VAE of {row.pipelines}", row.cls, row.sites, row.saved, **row.tiny)
+    return Entry(case, f"VAE of {row.pipelines}", row.cls, row.public, row.source)
 
 
 ZOO = (

@@ -62,6 +62,14 @@ def _why_not_rms_norm(norm: Any, x: Tensor) -> str | None:
     return why_stock(x) or (None if norm.weight is None else _why_not_weight(norm.weight, x))
 
 
+def _per_channel(site: Site, norm: Any, x: Tensor, channel_dim: int | None = None, *, silu: bool) -> Tensor:
+    return site.serve("norm", rms_norm_silu, x, None, None, norm.eps, silu=silu)
+
+
+def _why_not_per_channel(norm: Any, x: Tensor, channel_dim: int | None = None) -> str | None:
+    return why_stock(x) or (None if norm.channel_dim == 1 else "its channels are another axis")
+
+
 def _why_not_weight(weight: Tensor, x: Tensor) -> str | None:
     if weight.device != x.device:
         return f"a norm's weight is on {weight.device.type}"
@@ -117,6 +125,9 @@ _OWN: dict[str, ChannelNorm] = {
         )
     },
     RMS_NORM: ChannelNorm("RMSNorm", _rms_norm, _why_not_rms_norm),
+    f"{_AUTOENCODERS}.autoencoder_kl_ltx2:PerChannelRMSNorm": ChannelNorm(
+        "RMSNorm", _per_channel, _why_not_per_channel
+    ),
     f"{_AUTOENCODERS}.autoencoder_kl_mochi:MochiChunkedGroupNorm3D": ChannelNorm(
         "GroupNorm by frames", _by_frames, lambda norm, x: why_stock(x, norm.norm_layer), inner="norm_layer"
     ),

@@ -118,7 +118,7 @@ def _processor_of(attn: Any) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def _row_of(attn: Any) -> AttentionRow | None:
+def row_of(attn: Any) -> AttentionRow | None:
     return _ROWS.get(_processor_of(attn))
 
 
@@ -132,7 +132,7 @@ def joint_attention(
 ) -> Any:
     """Replaces the attention module's forward."""
     site = self._fastdiff_site
-    row, norms = _row_of(self), _norms(self)
+    row, norms = row_of(self), _norms(self)
     reason = why_not_norms(hidden_states, *norms) or why_not(self)
     extra = kwargs
     if row is not None and row.rope and len(args) == 1:
@@ -209,7 +209,7 @@ def attend(
     backend = getattr(processor, "_attention_backend", None)
     config = getattr(processor, "_parallel_config", None) if parallel else None
     chosen = backend if backend is not None else _AttentionBackendRegistry._active_backend
-    if config is None and chosen in _OURS:
+    if config is None and chosen in OURS:
         out, _ = site.serve(slot, attention, query, key, value, mask)
         return out
     if hasattr(processor, "_attention_backend"):
@@ -218,7 +218,7 @@ def attend(
     return out
 
 
-_OURS = (AttentionBackendName.NATIVE, "fastdiff")
+OURS = (AttentionBackendName.NATIVE, "fastdiff")
 
 
 def prepare(
@@ -290,7 +290,7 @@ def _norms(attn: Any) -> tuple[Any, ...]:
 
 def why_not(attn: Any) -> str | None:
     """Why the module is not what its processor's row says; it may be changed at any time."""
-    row, norms = _row_of(attn), _norms(attn)
+    row, norms = row_of(attn), _norms(attn)
     if row is None:
         return f"its processor is {type(attn.processor).__name__}"
     if reason := row.refuse(attn):

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fastdiff.ops import group_norm_silu
-from fastdiff.patching._fingerprint import base
-from fastdiff.patching._patch import Patch
 from fastdiff.patching.blocks import Block, activated_once, drop, forward, is_plain, why_stock
 from fastdiff.patching.blocks.resnet import is_fresh, refuse_norms
 
@@ -79,17 +77,6 @@ def blend(self: Any, x_spatial: Tensor, x_temporal: Tensor, image_only_indicator
 
 
 BLENDER = "diffusers.models.resnet:AlphaBlender"
-
-
-def blend_at_once(patch: Patch, model: nn.Module) -> None:
-    """A family's switch: every blend of spatial and temporal features is one operation."""
-    blenders = [
-        module for path, module in model.named_modules()
-        if base(type(module), BLENDER) is type(module) and patch.options.why_not(path) is None
-    ]  # fmt: skip
-    replaced = sum(patch.replace(module, "forward", blend) is None for module in blenders)
-    if replaced:
-        patch.savings.append(f"{replaced} blends of spatial and temporal features in one operation each")
 
 
 def _refuse_layer(module: Any) -> str | None:

@@ -15,9 +15,10 @@ from fastdiff.patching.blocks.norm_out import norm_out
 from fastdiff.patching.blocks.norms import ADA_GROUP_NORM, SPATIAL_NORM, TOKEN_NORMS
 from fastdiff.patching.blocks.packed import prepack
 from fastdiff.patching.blocks.resnet import RESNET_BLOCK
-from fastdiff.patching.blocks.temporal import BLENDER, TEMPORAL_CONV_LAYER, TEMPORAL_RESNET_BLOCK, blend_at_once
+from fastdiff.patching.blocks.temporal import BLENDER, TEMPORAL_CONV_LAYER, TEMPORAL_RESNET_BLOCK, blend
 from fastdiff.patching.blocks.transformer import TRANSFORMER_ENTRANCE
 from fastdiff.patching.families import Switch
+from fastdiff.patching.families._savings import replacing
 
 UNET_2D_CONDITION = "diffusers.models.unets.unet_2d_condition:UNet2DConditionModel"
 UNET_2D = "diffusers.models.unets.unet_2d:UNet2DModel"
@@ -53,7 +54,9 @@ def _note_activated_once(patch: Patch, model: Any) -> None:
 
 SWITCHES = (
     Switch((), _note_activated_once),
-    Switch((f"{BLENDER}.forward", f"{BLENDER}.get_alpha"), blend_at_once),
+    replacing(
+        BLENDER, blend, "{count} blends of spatial and temporal features in one operation each", f"{BLENDER}.get_alpha"
+    ),
     Switch((), prepack),
     Switch((), channels_last(UNET_2D_CONDITION, UNET_2D, ENCODER, DECODER)),
 )

@@ -12,6 +12,7 @@ from fastdiff.patching.blocks.feed_forward import GELU_TANH, activated
 from fastdiff.patching.blocks.token_norms import modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
+from fastdiff.patching.families._savings import FLUX_TABLES
 from fastdiff.patching.families.flux import FLUX_ATTENTION
 
 _FILE = "diffusers.models.transformers.transformer_chroma"
@@ -130,4 +131,5 @@ CHROMA = Family(
         GELU_TANH,
     ),
     example=example,
+    switches=(FLUX_TABLES,),
 )

@@ -1,4 +1,4 @@
-"""``CogVideoXTransformer3DModel``: CogVideoX, text and image to video."""
+"""``CogVideoXTransformer3DModel``: CogVideoX, text and image to video; and ConsisID, which has its blocks."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
 _FILE = "diffusers.models.transformers.cogvideox_transformer_3d"
+_CONSISID = "diffusers.models.transformers.consisid_transformer_3d"
 _NORMS = "diffusers.models.normalization"
 
 
@@ -52,7 +53,7 @@ def cogvideox_block(
     image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Replaces ``CogVideoXBlock.forward``."""
+    """Replaces ``CogVideoXBlock.forward`` and ``ConsisIDBlock.forward``."""
     site = self._fastdiff_site
     tokens = encoder_hidden_states.shape[1]
     h, text, gate, text_gate = self.norm1(hidden_states, encoder_hidden_states, temb)
@@ -75,7 +76,7 @@ def joint_mask(attn: Any, mask: Tensor | None, image: Tensor, text: Tensor) -> T
 def example(model: Any) -> dict[str, Any]:
     """2 latent frames of 4 by 6 patches and the text that the positions are for."""
     config, inputs = model.config, Inputs(model)
-    patch, frames = config.patch_size, 2 * (config.patch_size_t or 1)
+    patch, frames = config.patch_size, 2 * (config.get("patch_size_t") or 1)
     found: dict[str, Any] = {
         "hidden_states": inputs.noise(1, frames, config.in_channels, 4 * patch, 6 * patch),
         "encoder_hidden_states": inputs.noise(1, config.max_text_seq_length, config.text_embed_dim),
@@ -88,7 +89,7 @@ def example(model: Any) -> dict[str, Any]:
         height, width = config.sample_height, config.sample_width
         frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
         found["hidden_states"] = inputs.noise(1, frames, config.in_channels, height, width)
-    if config.ofs_embed_dim is not None:
+    if config.get("ofs_embed_dim") is not None:
         found["ofs"] = inputs.timestep(2.0)
     return found
 
@@ -105,17 +106,18 @@ COGVIDEOX_ATTENTION = attention_block(
     ),
 )
 
-COGVIDEOX = Family(
-    model=f"{_FILE}:CogVideoXTransformer3DModel",
-    blocks=(
-        block_row(f"{_FILE}:CogVideoXBlock", "gate + residual", cogvideox_block),
-        block_row(f"{_NORMS}:CogVideoXLayerNormZero", MODULATED, two_streams),
-        block_row(
-            f"{_NORMS}:AdaLayerNorm", MODULATED, ada_layer_norm,
-            refuse=lambda module: None if module.chunk_dim == 1 else "its embeddings are along the batch",
-        ),
-        COGVIDEOX_ATTENTION,
-        GELU_TANH,
+_BLOCKS = (
+    block_row(f"{_FILE}:CogVideoXBlock", "gate + residual", cogvideox_block),
+    block_row(f"{_CONSISID}:ConsisIDBlock", "gate + residual", cogvideox_block),
+    block_row(f"{_NORMS}:CogVideoXLayerNormZero", MODULATED, two_streams),
+    block_row(
+        f"{_NORMS}:AdaLayerNorm", MODULATED, ada_layer_norm,
+        refuse=lambda module: None if module.chunk_dim == 1 else "its embeddings are along the batch",
     ),
-    example=example,
+    COGVIDEOX_ATTENTION,
+    GELU_TANH,
 )  # fmt: skip
+FAMILIES = (
+    Family(f"{_FILE}:CogVideoXTransformer3DModel", _BLOCKS, example),
+    Family(f"{_CONSISID}:ConsisIDTransformer3DModel", _BLOCKS, example),
+)

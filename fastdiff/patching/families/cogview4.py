@@ -1,4 +1,4 @@
-"""``CogView4Transformer2DModel``: CogView 4."""
+"""``CogView4Transformer2DModel``: CogView 4; and CogView 3 Plus."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.patching.blocks.adaln import GATES, MODULATED, block_row, gated_feed_forward, guarded
+from fastdiff.patching.blocks import activated_once
+from fastdiff.patching.blocks.adaln import (
+    ADA_LAYER_NORM_CONTINUOUS,
+    GATES,
+    MODULATED,
+    block_row,
+    clip_half,
+    gated,
+    gated_feed_forward,
+    guarded,
+)
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block, tables_after_text
-from fastdiff.patching.blocks.token_norms import modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
+from fastdiff.patching.families.cogvideox import COGVIDEOX_ATTENTION
 
 _FILE = "diffusers.models.transformers.transformer_cogview4"
 
@@ -58,6 +69,35 @@ def cogview4_block(
     )
 
 
+@guarded("norm_x", "norm_c")
+def zero_text_image(self: Any, x: Tensor, context: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
+    """Replaces ``CogView3PlusAdaLayerNormZeroTextImage.forward``."""
+    site = self._fastdiff_site
+    modulation = self.linear(activated_once(self.silu, emb)).chunk(12, dim=1)
+    shift, scale, *rest = modulation[:6]
+    text_shift, text_scale, *text_rest = modulation[6:]
+    h = modulated(site, "image norm", self.norm_x, x, scale, shift)
+    return h, *rest, modulated(site, "text norm", self.norm_c, context, text_scale, text_shift), *text_rest
+
+
+@guarded("norm2", "norm2_context")
+def cogview3_block(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, emb: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Replaces ``CogView3PlusTransformerBlock.forward``; here the feed-forward takes both streams at once."""
+    site, tokens = self._fastdiff_site, encoder_hidden_states.shape[1]
+    h, gate, shift, scale, gate_mlp, text, *modulation = self.norm1(hidden_states, encoder_hidden_states, emb)
+    out, text_out = self.attn1(hidden_states=h, encoder_hidden_states=text)
+    x, h = gated_then_modulated(site, "image norm", out, gate, hidden_states, self.norm2, scale, shift)
+    gate, shift, scale, text_gate_mlp = modulation
+    text, text_h = gated_then_modulated(
+        site, "text norm", text_out, gate, encoder_hidden_states, self.norm2_context, scale, shift
+    )
+    h = self.ff(torch.cat([text_h, h], dim=1))
+    x = gated(site, "image gate", h[:, tokens:], gate_mlp, x)
+    return clip_half(x), clip_half(gated(site, "text gate", h[:, :tokens], text_gate_mlp, text))
+
+
 def pair_mask(attn: Any, mask: Tensor | None, image: Tensor, text: Tensor) -> Tensor | None:
     """1 is added where both tokens count, 0 elsewhere: what the processor computes of the text's mask."""
     if mask is None:
@@ -80,20 +120,36 @@ def example(model: Any) -> dict[str, Any]:
     }
 
 
-COGVIEW4 = Family(
-    model=f"{_FILE}:CogView4Transformer2DModel",
-    blocks=(
-        block_row(f"{_FILE}:CogView4TransformerBlock", GATES, cogview4_block),
-        block_row(f"{_FILE}:CogView4AdaLayerNormZero", MODULATED, zero),
-        block_row(f"{_FILE}:CogView4AdaLayerNormContinuous", MODULATED, continuous),
-        attention_block(
-            LEGACY,
-            AttentionRow(
-                processor=f"{_FILE}:CogView4AttnProcessor", rope="image_rotary_emb", tables=tables_after_text,
-                interleaved=False, joined=True, pair=True, mask=pair_mask,
+_COGVIEW3 = "diffusers.models.transformers.transformer_cogview3plus"
+FAMILIES = (
+    Family(
+        f"{_FILE}:CogView4Transformer2DModel",
+        (
+            block_row(f"{_FILE}:CogView4TransformerBlock", GATES, cogview4_block),
+            block_row(f"{_FILE}:CogView4AdaLayerNormZero", MODULATED, zero),
+            block_row(f"{_FILE}:CogView4AdaLayerNormContinuous", MODULATED, continuous),
+            attention_block(
+                LEGACY,
+                AttentionRow(
+                    processor=f"{_FILE}:CogView4AttnProcessor", rope="image_rotary_emb", tables=tables_after_text,
+                    interleaved=False, joined=True, pair=True, mask=pair_mask,
+                ),
             ),
+            GELU_TANH,
         ),
-        GELU_TANH,
+        example,
     ),
-    example=example,
+    Family(
+        f"{_COGVIEW3}:CogView3PlusTransformer2DModel",
+        (
+            block_row(f"{_COGVIEW3}:CogView3PlusTransformerBlock", GATES, cogview3_block),
+            block_row(
+                "diffusers.models.normalization:CogView3PlusAdaLayerNormZeroTextImage", MODULATED, zero_text_image
+            ),
+            ADA_LAYER_NORM_CONTINUOUS,
+            COGVIDEOX_ATTENTION,
+            GELU_TANH,
+        ),
+        example,
+    ),
 )  # fmt: skip

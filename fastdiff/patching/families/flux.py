@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from fastdiff.patching.blocks.joint_attention import AttentionRow, attention_blo
 from fastdiff.patching.blocks.transformer import ADA_LAYER_NORM_ZERO
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
+from fastdiff.patching.families._savings import FLUX_TABLES
 
 _FILE = "diffusers.models.transformers.transformer_flux"
 
@@ -55,6 +57,18 @@ def double_block(
     return clip_half(text), h
 
 
+def single(
+    block: Any, feed_forward: Callable[[Tensor], Tensor], image: Tensor, text: Tensor, temb: Tensor, **attention: Any
+) -> tuple[Tensor, Tensor]:
+    """A single block: attention and ``feed_forward``, as far as their common projection, from one norm."""
+    joint = rejoined(text, image)
+    h, gate = block.norm(joint, emb=temb)
+    mlp = feed_forward(h)
+    out = block.attn(hidden_states=h, **attention)
+    out = block.proj_out(torch.cat([out, mlp], dim=2))
+    return halves(clip_half(gated(block._fastdiff_site, "gate", out, gate, joint)), text.shape[1])
+
+
 @guarded()
 def single_block(
     self: Any,
@@ -65,14 +79,14 @@ def single_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``FluxSingleTransformerBlock.forward``."""
-    site = self._fastdiff_site
-    text = encoder_hidden_states.shape[1]
-    joint = rejoined(encoder_hidden_states, hidden_states)
-    h, gate = self.norm(joint, emb=temb)
-    mlp = activated(site, self.act_mlp, self.proj_mlp(h))
-    out = self.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {})
-    joint = clip_half(gated(site, "gate", self.proj_out(torch.cat([out, mlp], dim=2)), gate, joint))
-    return halves(joint, text)
+
+    def feed_forward(h: Tensor) -> Tensor:
+        return activated(self._fastdiff_site, self.act_mlp, self.proj_mlp(h))
+
+    return single(
+        self, feed_forward, hidden_states, encoder_hidden_states, temb, image_rotary_emb=image_rotary_emb,
+        **joint_attention_kwargs or {},
+    )  # fmt: skip
 
 
 FLUX_ATTENTION = attention_block(
@@ -120,9 +134,7 @@ def controlnet_example(model: Any) -> dict[str, Any]:
     return found
 
 
-FLUX = Family(model=f"{_FILE}:FluxTransformer2DModel", blocks=FLUX_BLOCKS, example=example)
+FLUX = Family(f"{_FILE}:FluxTransformer2DModel", FLUX_BLOCKS, example, (FLUX_TABLES,))
 FLUX_CONTROLNET = Family(
-    model="diffusers.models.controlnets.controlnet_flux:FluxControlNetModel",
-    blocks=FLUX_BLOCKS,
-    example=controlnet_example,
+    "diffusers.models.controlnets.controlnet_flux:FluxControlNetModel", FLUX_BLOCKS, controlnet_example, (FLUX_TABLES,)
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastdiff.ops import swiglu
-from fastdiff.patching.blocks import Block, forward
+from fastdiff.patching.blocks import Block, activated_once, forward
 from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_CONTINUOUS,
     GATES,
@@ -23,6 +23,7 @@ from fastdiff.patching.blocks.joint_attention import AttentionRow, attend, atten
 from fastdiff.patching.blocks.token_norms import modulated, why_not_norms
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
+from fastdiff.patching.families._savings import FLUX2_TABLES, replacing
 
 _FILE = "diffusers.models.transformers.transformer_flux2"
 
@@ -117,7 +118,14 @@ def flux2_swiglu(self: Any, x: Tensor) -> Tensor:
     return self._fastdiff_site.serve("swiglu", swiglu, x[..., :half], x[..., half:])
 
 
+def modulation(self: Any, temb: Tensor) -> Tensor:
+    """Replaces ``Flux2Modulation.forward``, of which there are three, and a fourth in the last norm."""
+    result: Tensor = self.linear(activated_once(self.act_fn, temb))
+    return result
+
+
 _PARALLEL = AttentionRow(processor=f"{_FILE}:Flux2ParallelSelfAttnProcessor", rope="image_rotary_emb")
+
 
 def example(model: Any) -> dict[str, Any]:
     """4 by 6 latent patches and 7 text tokens."""
@@ -156,4 +164,8 @@ FLUX2 = Family(
         ADA_LAYER_NORM_CONTINUOUS,
     ),
     example=example,
+    switches=(
+        FLUX2_TABLES,
+        replacing(f"{_FILE}:Flux2Modulation", modulation, "SiLU of the time embedding once instead of 4 times"),
+    ),
 )  # fmt: skip

@@ -120,7 +120,7 @@ QWEN_ATTENTION = attention_block(
 def example(model: Any) -> dict[str, Any]:
     """4 by 6 latent patches and 7 text tokens; for editing, another picture of 2 by 3."""
     config, inputs = model.config, Inputs(model)
-    shapes = [(1, 4, 6), (1, 2, 3)] if config.zero_cond_t else [(1, 4, 6)]
+    shapes = [(1, 4, 6), (1, 2, 3)] if config.get("zero_cond_t") else [(1, 4, 6)]
     found = {
         "hidden_states": inputs.noise(1, sum(h * w for _, h, w in shapes), config.in_channels),
         "encoder_hidden_states": inputs.noise(1, 7, config.joint_attention_dim),
@@ -128,21 +128,29 @@ def example(model: Any) -> dict[str, Any]:
         "timestep": inputs.timestep(),
         "img_shapes": [shapes],
     }
-    if config.use_additional_t_cond:
+    if config.get("use_additional_t_cond"):
         found["additional_t_cond"] = torch.zeros(1, dtype=torch.long, device=inputs.device)
     return found
 
 
-QWEN_IMAGE = Family(
-    model=f"{_FILE}:QwenImageTransformer2DModel",
-    blocks=(
-        block_row(
-            f"{_FILE}:QwenImageTransformerBlock", GATES, qwen_block,
-            sources=(f"{_FILE}:QwenImageTransformerBlock._modulate",),
-        ),
-        QWEN_ATTENTION,
-        GELU_TANH,
-        ADA_LAYER_NORM_CONTINUOUS,
+def controlnet_example(model: Any) -> dict[str, Any]:
+    """The same with a control image."""
+    found = example(model)
+    return found | {"controlnet_cond": Inputs(model).noise(1, 24, model.controlnet_x_embedder.in_features)}
+
+
+_BLOCKS = (
+    block_row(
+        f"{_FILE}:QwenImageTransformerBlock", GATES, qwen_block,
+        sources=(f"{_FILE}:QwenImageTransformerBlock._modulate",),
     ),
-    example=example,
-)  # fmt: skip
+    QWEN_ATTENTION,
+    GELU_TANH,
+    ADA_LAYER_NORM_CONTINUOUS,
+)
+FAMILIES = (
+    Family(f"{_FILE}:QwenImageTransformer2DModel", _BLOCKS, example),
+    Family(
+        "diffusers.models.controlnets.controlnet_qwenimage:QwenImageControlNetModel", _BLOCKS, controlnet_example
+    ),
+)

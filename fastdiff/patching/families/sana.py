@@ -84,29 +84,32 @@ def example(model: Any) -> dict[str, Any]:
         "encoder_attention_mask": mask,
         "timestep": inputs.timestep(500, batch=2),
     }
-    if config.guidance_embeds:
+    if config.get("guidance_embeds"):
         found["guidance"] = inputs.timestep(4.0, batch=2)
     return found
 
 
-GATED_CONVOLUTION = block_row(f"{_FILE}:GLUMBConv", "SiLU and product", gated_convolution)
+def controlnet_example(model: Any) -> dict[str, Any]:
+    """The same with a control image."""
+    found = example(model)
+    return found | {"controlnet_cond": Inputs(model).noise(*found["hidden_states"].shape)}
 
-SANA = Family(
-    model=f"{_FILE}:SanaTransformer2DModel",
-    blocks=(
-        block_row(f"{_FILE}:SanaTransformerBlock", f"{MODULATED}; gate + residual", sana_block),
-        GATED_CONVOLUTION,
-        block_row(f"{_FILE}:SanaModulatedNorm", MODULATED, modulated_norm),
-        left_row(
-            LEGACY, "linear attention", "its attention has no softmax",
-            applies=lambda module: type(module.processor).__name__ == "SanaLinearAttnProcessor2_0",
-        ),
-        attention_block(
-            LEGACY,
-            AttentionRow(
-                processor=f"{_FILE}:SanaAttnProcessor2_0", across_heads=True, mask=head_mask, sources=()
-            ),
-        ),
+
+GATED_CONVOLUTION = block_row(f"{_FILE}:GLUMBConv", "SiLU and product", gated_convolution)
+_BLOCKS = (
+    block_row(f"{_FILE}:SanaTransformerBlock", f"{MODULATED}; gate + residual", sana_block),
+    GATED_CONVOLUTION,
+    block_row(f"{_FILE}:SanaModulatedNorm", MODULATED, modulated_norm),
+    left_row(
+        LEGACY, "linear attention", "its attention has no softmax",
+        applies=lambda module: type(module.processor).__name__ == "SanaLinearAttnProcessor2_0",
     ),
-    example=example,
+    attention_block(
+        LEGACY,
+        AttentionRow(processor=f"{_FILE}:SanaAttnProcessor2_0", across_heads=True, mask=head_mask, sources=()),
+    ),
 )  # fmt: skip
+FAMILIES = (
+    Family(f"{_FILE}:SanaTransformer2DModel", _BLOCKS, example),
+    Family("diffusers.models.controlnets.controlnet_sana:SanaControlNetModel", _BLOCKS, controlnet_example),
+)

@@ -1,4 +1,4 @@
-"""The VAEs of the transformers: Wan, Qwen-Image, HunyuanVideo, CogVideoX, LTX, Mochi, Sana's DC-AE, and their kin.
+"""The VAEs of the transformers: Wan, Qwen-Image, HunyuanVideo, CogVideoX, LTX, Mochi, EasyAnimate, Sana, and their kin.
 
 Flux and Flux 2 have the VAE of Stable Diffusion, which is in ``autoencoders``. Causal convolutions, their caches of the
 frames before, tiles and chunks are the stock code's: it stays, and calls norms and activations that are fused.
@@ -10,13 +10,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from diffusers.models.attention_processor import MochiVaeAttnProcessor2_0
+from diffusers.models.normalization import LpNorm
 from torch import Tensor, nn
 
-from fastdiff.ops import rms_norm_silu
+from fastdiff.ops import attention, group_norm_silu, qk_norm_rope, rms_norm_silu
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, drop, forward, has_hooks, has_own_forward, is_plain, why_stock
-from fastdiff.patching.blocks.attention import ATTENTION
+from fastdiff.patching.blocks.attention import ATTENTION, why_not_mode
 from fastdiff.patching.blocks.channel_norms import ANYWHERE, GROUP_NORM, RMS_NORM, norm_row, sources_of
+from fastdiff.patching.blocks.joint_attention import heads_of
 from fastdiff.patching.blocks.norm_out import norm_out, then_silu
 from fastdiff.patching.families import Family
 from fastdiff.patching.families import _unets as unets
@@ -27,14 +30,15 @@ _WAN, _QWEN, _QWEN21 = f"{_FILES}kl_wan:Wan", f"{_FILES}kl_qwenimage:QwenImage",
 _HUNYUAN, _HUNYUAN15 = f"{_FILES}kl_hunyuan_video:HunyuanVideo", f"{_FILES}kl_hunyuanvideo15:HunyuanVideo15"
 _IMAGE, _REFINER = f"{_FILES}kl_hunyuanimage:HunyuanImage", f"{_FILES}kl_hunyuanimage_refiner:HunyuanImageRefiner"
 _COGVIDEOX, _MOCHI = f"{_FILES}kl_cogvideox:CogVideoX", f"{_FILES}kl_mochi:Mochi"
-_LTX, _DC = f"{_FILES}kl_ltx:LTXVideo", f"{_FILES}dc:"
+_LTX, _LTX2, _DC = f"{_FILES}kl_ltx:LTXVideo", f"{_FILES}kl_ltx2:LTX2", f"{_FILES}dc:"
+_MAGVIT = f"{_FILES}kl_magvit:EasyAnimate"
 _LINEAR_ATTENTION = "diffusers.models.attention_processor:SanaMultiscaleLinearAttention"
 
 
 def ltx_resnet(
-    self: Any, inputs: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None
+    self: Any, inputs: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None, **causal: bool
 ) -> Tensor:
-    """Replaces ``LTXVideoResnetBlock3d.forward``."""
+    """Replaces ``LTXVideoResnetBlock3d.forward``, and that of LTX-2, whose convolutions may be told to be causal."""
     site, norms = self._fastdiff_site, (self.norm1, self.norm2)
     reason = why_stock(inputs) or next(filter(None, (_why_not_norm(norm, inputs) for norm in norms)), None)
     if not is_plain(self.nonlinearity, nn.SiLU):
@@ -42,15 +46,15 @@ def ltx_resnet(
     elif temb is None and self.scale_shift_table is not None:
         reason = "no time embedding"
     if reason is not None:
-        return site.stock(reason, self, inputs, temb, generator)
+        return site.stock(reason, self, inputs, temb, generator, **causal)
     shift1 = scale1 = shift2 = scale2 = None
     if temb is not None and self.scale_shift_table is not None:
         temb = temb.unflatten(1, (4, -1)) + self.scale_shift_table[None, ..., None, None, None]
         shift1, scale1, shift2, scale2 = temb.unbind(dim=1)
-    h = self.conv1(_activated(site, "norm1", self.norm1, inputs, scale1, shift1))
+    h = self.conv1(_activated(site, "norm1", self.norm1, inputs, scale1, shift1), **causal)
     h = _noisy(h, self.per_channel_scale1, generator)
     h = _activated(site, "norm2", self.norm2, h, scale2, shift2)
-    h = _noisy(self.conv2(drop(self.dropout, h)), self.per_channel_scale2, generator)
+    h = _noisy(self.conv2(drop(self.dropout, h), **causal), self.per_channel_scale2, generator)
     if self.norm3 is not None:
         inputs = self.norm3(inputs.movedim(1, -1)).movedim(-1, 1)
     if self.conv_shortcut is not None:
@@ -59,7 +63,8 @@ def ltx_resnet(
 
 
 def _activated(site: Site, slot: str, norm: Any, x: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    return site.serve(slot, rms_norm_silu, x, norm.weight, norm.bias, norm.eps, scale=scale, shift=shift)
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    return site.serve(slot, rms_norm_silu, x, weight, bias, norm.eps, scale=scale, shift=shift)
 
 
 def _noisy(h: Tensor, scale: Tensor | None, generator: torch.Generator | None) -> Tensor:
@@ -73,21 +78,101 @@ def _noisy(h: Tensor, scale: Tensor | None, generator: torch.Generator | None) -
 def _why_not_norm(norm: Any, x: Tensor) -> str | None:
     if has_own_forward(norm) or has_hooks(norm):
         return "a norm has hooks"
-    weight = norm.weight
+    weight = getattr(norm, "weight", None)
     if weight is not None and (weight.device != x.device or weight.dtype != x.dtype):
         return f"a norm's weight is {str(weight.dtype)[6:]} on {weight.device.type}"
     return None
 
 
-LTX_RESNET = Block(
-    cls=f"{_LTX}ResnetBlock3d",
-    what=lambda module: (
-        "RMSNorm + SiLU, twice" if module.scale_shift_table is None else "RMSNorm + scale and shift + SiLU, twice"
-    ),
-    sources=("forward", *sources_of(RMS_NORM)),
-    methods=forward(ltx_resnet),
+def _ltx_resnet(cls: str, norm: str) -> Block:
+    return Block(
+        cls=cls,
+        what=lambda module: (
+            "RMSNorm + SiLU, twice" if module.scale_shift_table is None else "RMSNorm + scale and shift + SiLU, twice"
+        ),
+        sources=("forward", *sources_of(norm)),
+        methods=forward(ltx_resnet),
+        refuse=lambda module: None if type(module.nonlinearity) is nn.SiLU else "its activation is no SiLU",
+        covers=("norm1", "norm2"),
+    )
+
+
+def magvit_resnet(self: Any, hidden_states: Tensor) -> Tensor:
+    """Replaces ``EasyAnimateResidualBlock3D.forward``, whose norms are of single frames or of all."""
+    site, norms = self._fastdiff_site, (self.norm1, self.norm2)
+    reason = why_stock(hidden_states, *norms)
+    if not is_plain(self.nonlinearity, nn.SiLU):
+        reason = "its activation was replaced, or has hooks"
+    if reason is not None:
+        return site.stock(reason, self, hidden_states)
+
+    def activated(slot: str, norm: Any, x: Tensor) -> Tensor:
+        frames = x.transpose(1, 2).flatten(0, 1) if self.spatial_group_norm else x
+        h = site.serve(slot, group_norm_silu, frames, norm.num_groups, norm.weight, norm.bias, norm.eps)
+        return h.unflatten(0, (x.shape[0], -1)).transpose(1, 2) if self.spatial_group_norm else h
+
+    h = self.conv1(activated("norm1", self.norm1, hidden_states))
+    h = self.conv2(drop(self.dropout, activated("norm2", self.norm2, h)))
+    h = h + self.shortcut(hidden_states)
+    return h if self.output_scale_factor == 1 else h / self.output_scale_factor
+
+
+MAGVIT_RESNET = Block(
+    cls=f"{_MAGVIT}ResidualBlock3D",
+    what="GroupNorm + SiLU, twice",
+    sources=("forward",),
+    methods=forward(magvit_resnet),
     refuse=lambda module: None if type(module.nonlinearity) is nn.SiLU else "its activation is no SiLU",
     covers=("norm1", "norm2"),
+)
+
+
+def causal_attention(
+    self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **kwargs: Any
+) -> Tensor:
+    """Replaces ``Attention.forward`` in Mochi's VAE: every place attends to itself in its own and earlier frames, with
+    queries and keys of length 1.
+
+    These are what an RMSNorm gives, divided by sqrt(D), and the division is part of the scale. The epsilons differ for
+    vectors shorter than 1e-12 only.
+    """
+    site = self._fastdiff_site
+    reason = why_stock(hidden_states) or _why_not_causal(self) or why_not_mode()
+    if kwargs or encoder_hidden_states is not None or attention_mask is not None:
+        reason = "called with another sequence or a mask"
+    elif hidden_states.shape[1] == 1:
+        reason = "a single frame has nothing to attend to"
+    if reason is not None:
+        return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+    query, key, value = (heads_of(self, layer(hidden_states)) for layer in (self.to_q, self.to_k, self.to_v))
+    query, key = site.serve("norm", qk_norm_rope, query, key, eps=1e-30)
+    scale = query.shape[-1] ** -1.5
+    h, _ = site.serve("attention", attention, query, key, value, scale=scale, is_causal=self.is_causal)
+    h = drop(self.to_out[1], self.to_out[0](h.flatten(2)))
+    if self.residual_connection:
+        h = h + hidden_states
+    return h if self.rescale_output_factor == 1 else h / self.rescale_output_factor
+
+
+def _why_not_causal(attn: Any) -> str | None:
+    if type(attn.processor) is not MochiVaeAttnProcessor2_0:
+        return f"its processor is {type(attn.processor).__name__}"
+    for norm in (attn.norm_q, attn.norm_k):
+        if type(norm) is not LpNorm or (norm.p, norm.dim) != (2, -1):
+            return "its queries or keys are not normalised to length 1"
+        if has_own_forward(norm) or has_hooks(norm):
+            return "a norm has hooks"
+    return None
+
+
+_PROCESSOR = "diffusers.models.attention_processor:MochiVaeAttnProcessor2_0.__call__"
+CAUSAL_ATTENTION = Block(
+    cls=ATTENTION.cls,
+    what="norm of queries and keys, causal attention",
+    sources=("forward", _PROCESSOR, "diffusers.models.normalization:LpNorm.forward"),
+    methods=forward(causal_attention),
+    refuse=_why_not_causal,
+    applies=lambda module: type(module.processor) is MochiVaeAttnProcessor2_0,
 )
 
 
@@ -122,7 +207,11 @@ BLOCKS = (
     norm_out(f"{_COGVIDEOX}Decoder3D", "norm_out", "conv_act", _SPATIAL_NORM),
     *then_silu(f"{_MOCHI}ResnetBlock3D", ("norm1", "norm2"), "nonlinearity", _BY_FRAMES),
     norm_out(f"{_MOCHI}Encoder3D", "norm_out", "nonlinearity", _BY_FRAMES),
-    LTX_RESNET,
+    CAUSAL_ATTENTION,
+    _ltx_resnet(f"{_LTX}ResnetBlock3d", RMS_NORM),
+    _ltx_resnet(f"{_LTX2}VideoResnetBlock3d", f"{_FILES}kl_ltx2:PerChannelRMSNorm"),
+    MAGVIT_RESNET,
+    *(norm_row(f"{_MAGVIT}{part}", "conv_norm_out") for part in ("Encoder", "Decoder")),
     *(norm_row(f"{_LTX}{part}3d", "norm_out", RMS_NORM) for part in ("Encoder", "Decoder")),
     *(norm_row(f"{_DC}{part}", name, RMS_NORM) for part, name in (("ResBlock", "norm"), ("Decoder", "norm_out"))),
     norm_row(_LINEAR_ATTENTION, "norm_out", RMS_NORM),
@@ -146,8 +235,8 @@ def noise(*size: int) -> Callable[[Any], dict[str, Any]]:
 
 
 _PARTS = ("encoder", "decoder")
-#: Class -> inputs, and the modules that a pipeline calls. Encoders and decoders that get their caches as lists, which
-#: they change, cannot be called twice with the same; of these VAEs only the whole can be.
+#: Class -> inputs, and the modules that a pipeline calls. Encoders and decoders that keep caches, or change those that
+#: they get, cannot be called twice with the same; of these VAEs only the whole can be.
 _CLASSES = {
     f"{_FILES}kl_wan:AutoencoderKLWan": (noise(5, 16, 16), ("",)),
     f"{_FILES}kl_qwenimage:AutoencoderKLQwenImage": (noise(1, 16, 16), ("",)),
@@ -158,6 +247,8 @@ _CLASSES = {
     f"{_FILES}kl_cogvideox:AutoencoderKLCogVideoX": (noise(9, 16, 16), _PARTS),
     f"{_FILES}kl_mochi:AutoencoderKLMochi": (noise(7, 16, 16), _PARTS),
     f"{_FILES}kl_ltx:AutoencoderKLLTXVideo": (noise(9, 32, 32), _PARTS),
+    f"{_FILES}kl_ltx2:AutoencoderKLLTX2Video": (noise(9, 64, 64), _PARTS),
+    f"{_FILES}kl_magvit:AutoencoderKLMagvit": (noise(9, 16, 16), ("",)),
     f"{_FILES}dc:AutoencoderDC": (noise(64, 64), _PARTS),
 }
 FAMILIES = tuple(Family(cls, BLOCKS, example, forwards=parts) for cls, (example, parts) in _CLASSES.items())
