@@ -101,7 +101,11 @@ CACHES: dict[str, Callable[[Any, _Clock], None]] = {
     "layer skip": _layer_skip,
 }
 _BY_BLOCK = ("FirstBlockCache", "MagCache", "layer skip")
-_UNREGISTERED = ("Chroma", "AuraFlow", "Lumina2", "Sana", "Stable Audio", "HunyuanDiT", "HunyuanDiT ControlNet")
+_UNREGISTERED = (
+    "Chroma", "AuraFlow", "Lumina2", "Sana", "Stable Audio", "HunyuanDiT", "HunyuanDiT ControlNet", "ChronoEdit",
+    "SkyReels V2", "HunyuanVideo 1.5", "LTX-2", "Sana ControlNet", "Cosmos", "LongCat-Image", "Ovis-Image", "ConsisID",
+    "CogView3 Plus",
+)  # fmt: skip
 #: (model, cache) -> why Diffusers' newest version fails without patching, or skips nothing.
 STOCK_FAILS = {
     **{(name, cache): "its blocks are in no registry" for name in _UNREGISTERED for cache in _BY_BLOCK},
