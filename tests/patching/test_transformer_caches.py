@@ -28,14 +28,14 @@ from diffusers.hooks import (
     apply_taylorseer_cache,
 )
 from torch import Tensor
-from transformer_models import TRANSFORMERS, Transformer, outputs
+from transformer_models import OWN_BLOCKS, TRANSFORMERS, Transformer, outputs
 
 import fastdiff
 
 pytestmark = pytest.mark.kernel
 
 #: The first model of each class.
-CLASSES = list({case.cls: case for case in reversed(TRANSFORMERS)}.values())[::-1]
+CLASSES = list({case.cls: case for case in reversed(OWN_BLOCKS)}.values())[::-1]
 #: What the caches take for the time of each step; FasterCache starts with one out of its range.
 TIMES = [900, 500, 400]
 _BLOCKS = r"(.*\.)?\w*(blocks|layers|refiner|block)\.\d+\."
@@ -101,7 +101,11 @@ CACHES: dict[str, Callable[[Any, _Clock], None]] = {
     "layer skip": _layer_skip,
 }
 _BY_BLOCK = ("FirstBlockCache", "MagCache", "layer skip")
-_UNREGISTERED = ("Chroma", "AuraFlow", "Lumina2", "Sana", "Stable Audio", "HunyuanDiT", "HunyuanDiT ControlNet")
+_UNREGISTERED = (
+    "Chroma", "AuraFlow", "Lumina2", "Sana", "Stable Audio", "HunyuanDiT", "HunyuanDiT ControlNet", "ChronoEdit",
+    "SkyReels V2", "HunyuanVideo 1.5", "LTX-2", "Sana ControlNet", "Cosmos", "LongCat-Image", "Ovis-Image", "ConsisID",
+    "CogView3 Plus",
+)  # fmt: skip
 #: (model, cache) -> why Diffusers' newest version fails without patching, or skips nothing.
 STOCK_FAILS = {
     **{(name, cache): "its blocks are in no registry" for name in _UNREGISTERED for cache in _BY_BLOCK},
@@ -110,7 +114,7 @@ STOCK_FAILS = {
     **{(name, "FasterCache"): "it looks for attention under other names" for name in ("Z-Image", "Lumina2")},
     **{
         (name, "layer skip"): "a skipped block's two results are exchanged"
-        for name in ("Flux dev", "Flux ControlNet", "SD3", "SD3 ControlNet", "Qwen-Image")
+        for name in ("Flux dev", "Flux ControlNet", "SD3", "SD3 ControlNet", "Qwen-Image", "Qwen-Image ControlNet")
     },
     ("SD3", "FirstBlockCache"): "its last block returns no text",
     ("Flux2", "FirstBlockCache"): "its two kinds of blocks return different things",

@@ -6,6 +6,7 @@ launches patching must at least remove. The inputs are the families' own example
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,7 +93,7 @@ class Transformer:
 
     def loaded(self) -> Any:
         """The same on the CPU, as ``from_pretrained`` gives it for bf16; for fake tensors."""
-        return _as_loaded(self.published(device="cpu"), lambda weight, dtype: weight.to(dtype))
+        return as_loaded(self.published(device="cpu"), lambda weight, dtype: weight.to(dtype))
 
     def hollow(self) -> Any:
         """The same with real tensors, every matrix being one zero in all its places: it runs, and takes no memory."""
@@ -102,7 +103,7 @@ class Transformer:
             return torch.zeros(shape, dtype=dtype).expand(weight.shape)
 
         with accelerate.init_empty_weights():
-            return _as_loaded(self.cls(**self._published(deep=False)), zeros)
+            return as_loaded(self.cls(**self._published(deep=False)), zeros)
 
     def _published(self, deep: bool) -> dict[str, Any]:
         config = {"num_layers": 2} | REAL[self.name] | (self.depth if deep else {})
@@ -118,7 +119,7 @@ class Transformer:
         return {key: to_dtype(value, torch.float32 if "rotary" in key else dtype) for key, value in found.items()}
 
 
-def _as_loaded(model: Any, make: Callable[[Tensor, torch.dtype], Tensor]) -> Any:
+def as_loaded(model: Any, make: Callable[[Tensor, torch.dtype], Tensor]) -> Any:
     """With new weights, in bf16 but for those that the class keeps in fp32; buffers stay."""
     kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
     for path, module in model.named_modules():
@@ -415,3 +416,12 @@ TRANSFORMERS = [
                 {"CogView3PlusTransformerBlock": 2, "CogView3PlusAdaLayerNormZeroTextImage": 2, "Attention": 2,
                  "GELU": 2, "AdaLayerNormContinuous": 1}),
 ]  # fmt: skip
+
+#: Those whose blocks are replaced by another family's functions, and what these are tested for there is not repeated.
+_KIN = {
+    "Wan VACE", "ChronoEdit", "SkyReels V2", "SkyReels V2 DF", "HunyuanVideo FramePack", "HunyuanVideo 1.5",
+    "HunyuanImage 2.1", "LTX-2.3", "Qwen-Image ControlNet", "Sana ControlNet", "LongCat-Image", "Ovis-Image",
+    "ConsisID",
+}  # fmt: skip
+#: All others; with ``FASTDIFF_TEST_ALL=1`` all.
+OWN_BLOCKS = [case for case in TRANSFORMERS if case.name not in _KIN or "FASTDIFF_TEST_ALL" in os.environ]
