@@ -23,6 +23,7 @@ from fastdiff.backends.losses import why_it_loses, why_not_unasked
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 
 Refuse = Callable[..., str | None]
+Prepare = Callable[..., Callable[..., Any] | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +34,13 @@ class Choice:
         backend: one of :data:`BACKENDS`.
         run: call it with the op's arguments.
         reason: why no better backend serves the call; empty when the best one does.
+        prepare: see :class:`Kernel`.
     """
 
     backend: str
     run: Callable[..., Any]
     reason: str = ""
+    prepare: Prepare | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,9 @@ class Kernel:
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
         on_request: serve only where the backend is asked for by name, or was measured to be the fastest; see
             :mod:`fastdiff.backends.losses`.
+        prepare: from a call with some arguments, what serves all calls that differ in their tensors only, given the
+            tensors alone (of the same classes, dtypes, shapes and devices, not needing a gradient); ``None`` if that is
+            not worth the while.
     """
 
     op: str
@@ -56,11 +62,12 @@ class Kernel:
     refuse: Refuse
     differentiable: Refuse | None = None
     on_request: bool = False
+    prepare: Prepare | None = None
     choice: Choice = field(init=False)
     choice_with_gradient: Choice | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "choice", Choice(self.backend, self.run))
+        object.__setattr__(self, "choice", Choice(self.backend, self.run, prepare=self.prepare))
         if self.differentiable is not None:
             overload = getattr(torch.ops.fastdiff, self.op).default
             object.__setattr__(self, "choice_with_gradient", Choice(self.backend, overload))
@@ -174,6 +181,17 @@ def _why_not_differentiable(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[
 
 #: The refusal of :func:`tensor_reason` that a kernel with a backward of its own takes back.
 GRADIENT = "a gradient is needed"
+
+_dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
+_transform, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
+_profiling = torch._C._autograd._profiler_enabled
+
+
+def is_plain() -> bool:
+    """Whether nobody watches or changes what torch does: no mode, no transform, no tracer, no profiler."""
+    watched = _dispatch_modes() or _function_modes() or _profiling()
+    return not watched and _transform() is None and _tracer() is None
+
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 

@@ -5,6 +5,7 @@ Every kernel takes float32, bfloat16 and float16, computes in fp32 and rounds on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastdiff import _extension
-from fastdiff.backends import GRADIENT, Kernel, Refuse, register, tensor_reason, unavailable
+from fastdiff.backends import GRADIENT, Kernel, Refuse, _cpu_step, register, tensor_reason, unavailable
 
 DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
@@ -317,7 +318,9 @@ def register_kernels() -> None:
             differentiable = DIFFERENTIABLE.get(op)
             if differentiable is not None and not all(map(_built, _BACKWARD)):
                 differentiable = None
-            register(Kernel(op, "cpu", run_overload(op), refuse, differentiable))
+            run = run_overload(op)
+            prepare = functools.partial(_cpu_step.prepare, run) if op == "scheduler_step" else None
+            register(Kernel(op, "cpu", run, refuse, differentiable, prepare=prepare))
 
 
 def _built(op: str) -> bool:

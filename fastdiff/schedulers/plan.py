@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 
 from fastdiff.backends import Choice
+from fastdiff.ops import scheduler_step
+from fastdiff.patching._site import Site
 from fastdiff.schedulers.probe import (
     CLAMPED,
     NOISE,
@@ -89,36 +92,68 @@ class Step(Place):
 
     Attributes:
         plan: what it does.
-        calls: of the op, one per launch: its slot in the report, the positions of the history among the values,
-            whether it takes noise, its arguments after the tensors, whether it has a third result.
+        arguments: of the op after its tensors, per launch.
         names: of the fields of the result.
     """
 
-    __slots__ = ("calls", "names", "plan")
+    __slots__ = ("arguments", "names", "plan")
 
     def __init__(self, plan: Plan, call: Call) -> None:
         super().__init__()
         self.plan = plan
-        self.calls = tuple([
-            (f"step, launch {i + 1}" if i else "step", launch.history, launch.noise, launch.arguments(call),
-             bool(launch.kept))
-            for i, launch in enumerate(plan.launches)
-        ])
+        self.arguments = tuple([launch.arguments(call) for launch in plan.launches])
         self.names = tuple([name for name, _ in plan.fields])
 
 
-class Next(NamedTuple):
+class Served:
+    """A launch of a step, and what serves it as long as only the tensors change.
+
+    Attributes:
+        slot: in the report.
+        history: positions among the step's values.
+        noise: whether it takes noise.
+        keeps: whether it has a third result.
+        choice: what serves it; ``None`` before its first run.
+        run: that, given (sample, model output, history, noise).
+    """
+
+    __slots__ = ("arguments", "choice", "history", "keeps", "noise", "run", "slot")
+
+    def __init__(self, index: int, launch: Launch, arguments: tuple[Any, ...]) -> None:
+        self.slot = f"step, launch {index + 1}" if index else "step"
+        self.history, self.noise, self.keeps = launch.history, launch.noise, bool(launch.kept)
+        self.arguments = arguments
+        self.choice: Choice | None = None
+        self.run: Callable[..., Any] = self._unprepared
+
+    def choose(self, site: Site, *tensors: Any) -> None:
+        """Find what serves these tensors, and all like them."""
+        call = *tensors, *self.arguments
+        choice = self.choice = site.choose(scheduler_step, *call)
+        self.run = (choice.prepare and choice.prepare(*call)) or self._unprepared
+
+    def _unprepared(self, *tensors: Any) -> Any:
+        assert self.choice is not None
+        return self.choice.run(*tensors, *self.arguments)
+
+
+class Next:
     """The step that comes next, and all that it depends on besides its place.
 
     Attributes:
         key: of the call, all that the step depends on.
         step: the step.
-        choices: what serves its launches.
+        launches: its launches.
+        state: what the state attributes are afterwards.
     """
 
-    key: tuple[Any, ...]
-    step: Step
-    choices: tuple[Choice, ...]
+    __slots__ = ("key", "launches", "state", "step")
+
+    def __init__(self, key: tuple[Any, ...], step: Step, shape: torch.Size) -> None:
+        self.key, self.step = key, step
+        pairs = zip(step.plan.launches, step.arguments, strict=True)
+        self.launches = tuple([Served(i, *pair) for i, pair in enumerate(pairs)])
+        self.state = {name: shape[2:] if type(value) is torch.Size else value for name, value in step.plan.state}
 
 
 def plan_of(step: LinearStep) -> Plan:

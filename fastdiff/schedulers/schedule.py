@@ -13,14 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastdiff.backends import is_plain
 from fastdiff.patching._patch import PATCH
 from fastdiff.patching._site import SITE
 from fastdiff.schedulers.plan import Place, Step
 from fastdiff.schedulers.probe import Call, Moment, twin_of
 from fastdiff.schedulers.samplers import Sampler, unsupported
+from fastdiff.schedulers.setting import Setting, arguments_key, changes_by
 
-#: Configurations (options, timesteps, sigmas) kept per scheduler.
+#: Configurations (options, timesteps, sigmas) kept per scheduler, and calls of ``set_timesteps`` per configuration.
 MAX_CONFIGURATIONS = 8
+#: Places kept per configuration besides those after a known step.
+MAX_PLACES = 64
 
 #: The methods that patching may replace.
 REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
@@ -32,7 +36,7 @@ class Configuration:
     """One state of the options and the schedule, and the steps that are known in it.
 
     Attributes:
-        origin: the place before the first step, where the scheduler holds what is in ``held``.
+        settings: what ``set_timesteps`` did from here, by all that it depends on besides.
     """
 
     def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
@@ -43,10 +47,16 @@ class Configuration:
         if isinstance(timesteps, Tensor) and timesteps.dim() == 1:
             self.moments = [Moment(t, timesteps.dtype, int(sampler.per_sample)) for t in timesteps.tolist()]
         self.steps: dict[Call, Step | str] = {}
-        self.origin = Place()
-        self.held: list[Any] | None = None
+        self.settings: dict[Any, Setting] = {}
+        self._places: dict[Any, Place] = {}
         self._starts: dict[int | float, int] = {}
         self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+    def place(self, held: Any) -> Place:
+        """The place where a scheduler that holds ``held`` is."""
+        if held not in self._places and len(self._places) == MAX_PLACES:
+            self._places.clear()
+        return self._places.setdefault(held, Place())
 
     def kept(self, number: Tensor, device: torch.device) -> Tensor:
         """A number that the step keeps as a tensor: one object for each value, since steps are found by it."""
@@ -66,13 +76,11 @@ class Schedule:
 
     Attributes:
         configurations: those seen, the latest last.
-        changed: called with the one taken up.
     """
 
-    def __init__(self, scheduler: Any, sampler: Sampler, changed: Callable[[Configuration], None]) -> None:
+    def __init__(self, scheduler: Any, sampler: Sampler) -> None:
         self.scheduler = scheduler
         self.sampler = sampler
-        self.changed = changed
         not_fixed = {*REPLACED, SITE, PATCH, "_internal_dict", *sampler.state, *sampler.history}
         if sampler.past is not None:
             not_fixed.add(sampler.past)
@@ -81,6 +89,7 @@ class Schedule:
         self._not_fixed = frozenset(not_fixed)
         self.configurations: OrderedDict[Any, Configuration] = OrderedDict()
         self._configuration: Configuration | None = None
+        self._key: Any = None
         self._attributes = 0
         self._fixed: Callable[[dict[str, Any]], tuple[Any, ...]] = tuple
         self._bound: tuple[Any, ...] = ()
@@ -93,12 +102,19 @@ class Schedule:
 
     def configuration(self) -> Configuration:
         """That of the scheduler's present options and schedule."""
-        if not self.is_current():
+        if not self._is_current():
             self.read()
         assert self._configuration is not None
         return self._configuration
 
-    def is_current(self) -> bool:
+    def is_unwritten(self) -> bool:
+        """Whether the options are as they were, and no table was written to, since :meth:`read`."""
+        return (
+            vars(vars(self.scheduler)["_internal_dict"]) == self._options
+            and sum(map(_version, self._tables)) == self._writes
+        )
+
+    def _is_current(self) -> bool:
         """Whether nothing that the steps depend on was set, replaced or written to since :meth:`read`."""
         attributes = vars(self.scheduler)
         try:
@@ -106,46 +122,83 @@ class Schedule:
             return (
                 len(attributes) == self._attributes
                 and self._fixed(attributes) == self._bound
-                and vars(attributes["_internal_dict"]) == self._options
-                and sum(map(_version, self._tables)) == self._writes
+                and self.is_unwritten()
             )
         except (KeyError, ValueError, RuntimeError):  # an attribute is gone; two arrays, two tensors differ
             return False
+
+    def set_timesteps(self, held: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The stock ``set_timesteps``; where that was called so before, what it did, without computing it anew. Then
+        the schedule is read from its device, so that no step has to.
+
+        Args:
+            held: what the scheduler holds besides its configuration; ``None`` if that is not known.
+        """
+        scheduler = self.scheduler
+
+        def stock() -> None:
+            type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+
+        given = arguments_key(args, kwargs)
+        if given is None or held is None or not (is_plain() and self._is_current()):
+            stock()
+            self.read()
+            return
+        assert self._configuration is not None
+        settings = self._configuration.settings
+        untraced = *map(_frozen, filter(_is_untraced, self._fixed(vars(scheduler)))),
+        key = given, held, vars(scheduler).get("_begin_index"), untraced, torch.get_default_dtype()
+        known = settings.get(key)
+        if known is not None and known.key in self.configurations:
+            vars(scheduler).update(known.again())
+            self._take_up(known.key)
+            return
+        changes = changes_by(scheduler, stock)
+        self.read()
+        if changes is not None:
+            if len(settings) >= MAX_CONFIGURATIONS:
+                settings.clear()
+            settings[key] = Setting(changes, self._key)
 
     def read(self) -> None:
         """Find or make the configuration of the scheduler's present options and schedule."""
         attributes = vars(self.scheduler)
         names = [name for name in attributes if name not in self._not_fixed]
-        self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
-        self._attributes = len(attributes)
-        fixed = self._bound = self._fixed(attributes)
         options = vars(self.scheduler.config)
         if options != self._options:
             self._options = dict(options)
             self._frozen_options = (*options, *map(_frozen, options.values()))
+        key = (*names, *[self._freeze(name, attributes[name]) for name in names], *self._frozen_options)
+        if key not in self.configurations:
+            self.configurations[key] = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
+            if len(self.configurations) > MAX_CONFIGURATIONS:
+                self.configurations.popitem(last=False)
+        self._take_up(key)
+
+    def _take_up(self, key: Any) -> None:
+        """Note that the scheduler, as it is now, is in the configuration of that key."""
+        attributes = vars(self.scheduler)
+        names = [name for name in attributes if name not in self._not_fixed]
+        self.configurations.move_to_end(key)
+        self._key, configuration = key, self.configurations[key]
+        self._configuration = configuration
+        self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
+        self._attributes = len(attributes)
+        fixed = self._bound = self._fixed(attributes)
         # Only ever counts up, so the sum tells of any write. Inference tensors do not count theirs.
-        self._tables = [t for t in fixed[:-1] if type(t) is Tensor and not t.is_inference()]
+        self._tables = [t for t in fixed[:-1] if type(t) is Tensor and not _is_untraced(t)]
         self._writes = sum(map(_version, self._tables))
-        key = (*names, *map(self._freeze, names, fixed), *self._frozen_options)
-        found = self.configurations.pop(key, None)
-        if found is None:
-            found = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
-        self.configurations[key] = self._configuration = found
-        if len(self.configurations) > MAX_CONFIGURATIONS:
-            self.configurations.popitem(last=False)
         self._moments = {}
-        if found.moments:
+        if configuration.moments:
             timesteps = self.scheduler.timesteps
             first, step = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
-            self._moments = dict(zip(itertools.count(first, step), found.moments, strict=False))
-        self.changed(found)
+            self._moments = dict(zip(itertools.count(first, step), configuration.moments, strict=False))
 
     def _freeze(self, name: str, value: Any) -> Any:
         """:func:`_frozen`, unless that was done for this very object and nobody wrote to it."""
-        kind = type(value)
-        if kind in _MUTABLE or (kind is Tensor and value.is_inference()):
+        if _is_untraced(value):
             return _frozen(value)
-        version = value._version if kind is Tensor else 0
+        version = value._version if type(value) is Tensor else 0
         known = self._frozen.get(name)
         if known is None or known[0] is not value or known[1] != version:
             known = self._frozen[name] = value, version, _frozen(value)
@@ -154,7 +207,7 @@ class Schedule:
     def moment(self, timestep: Any, per_sample: bool = False) -> Moment | None:
         """A timestep's value, if it has one. That of an element of ``timesteps`` is not read from its device.
 
-        Only while :meth:`is_current`.
+        Only while the schedule is as it was read.
         """
         if not isinstance(timestep, Tensor):
             return Moment(timestep, None) if type(timestep) in (int, float) else None
@@ -168,8 +221,12 @@ class Schedule:
         return Moment(timestep[(0,) * axes].item(), timestep.dtype, axes)
 
 
-#: Of attributes' values: may change without a trace.
 _MUTABLE = frozenset({list, dict, set, np.ndarray})
+
+
+def _is_untraced(value: Any) -> bool:
+    """Whether an attribute's value may change without a trace."""
+    return type(value) in _MUTABLE or (type(value) is Tensor and value.is_inference())
 
 
 def _frozen(value: Any) -> Any:

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastdiff.backends import Choice, overridden
-from fastdiff.ops import scheduler_step
+from fastdiff.backends import overridden
 from fastdiff.patching._site import Site
-from fastdiff.schedulers.plan import After, Next, Place, Step, plan_of
+from fastdiff.schedulers.plan import Next, Place, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
 from fastdiff.schedulers.schedule import Configuration, Schedule
@@ -28,9 +27,9 @@ MAX_PAST = 8
 class Stepper:
     """Runs the steps of one scheduler; kept as the state of its site.
 
-    A step is found in one of two ways: by all that it depends on, the call's arguments and the scheduler's counters
-    and history; or, much faster, as the one that came next the last time. For that the scheduler must hold the very
-    objects that the step before has left, and then only the call's arguments need comparing.
+    A step is found in one of two ways: by all that it depends on, the call's arguments and what the scheduler holds;
+    or, much faster, as the one that came next the last time. For that the scheduler must hold the very objects that the
+    step before has left, and then only the call's arguments need comparing.
 
     Args:
         scheduler: a stock scheduler of Diffusers.
@@ -65,28 +64,51 @@ class Stepper:
         self._tensors, self._times = len(sampler.tensors), len(sampler.tensors) + len(sampler.timesteps)
         self._unknown = tuple(name for name in self._others if name not in (*sampler.scalars, "return_dict"))
         self._forms: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
-        self._kept = (*sampler.history, *sampler.state, *([] if sampler.past is None else [sampler.past]))
-        self.schedule = Schedule(self.scheduler, sampler, self._start)
+        self._lists = (*sampler.history, *([] if sampler.past is None else [sampler.past]))
+        self.schedule = Schedule(self.scheduler, sampler)
         self._moved: tuple[Tensor, int, Tensor] | None = None
         self._past: list[tuple[Any, Moment | None]] = []
-        # Where the trajectory is, and what the scheduler held there.
+        # Where the trajectory is, the attributes that the scheduler had there, and what its lists held.
         self._place: Place | None = None
-        self._left: list[Any] = []
+        self._left: dict[str, Any] = {}
+        self._contents: list[list[Any]] = []
+        self._begins = "_step_index" in sampler.state
 
-    def _start(self, configuration: Configuration) -> None:
-        """A trajectory starts, if the scheduler holds no tensors."""
-        held = _copies(self._held())
-        if any(isinstance(t, Tensor) for v in held for t in (v if type(v) is list else (v,))):
-            self._place, self._left = None, []
-            return
-        self._place, self._left = configuration.origin, held
-        if held != configuration.held:
-            configuration.origin.next, configuration.held = None, held
+    def _held(self) -> Any:
+        """What a step depends on of all that the scheduler keeps between steps; ``None`` if that is not known."""
+        attributes, past = vars(self.scheduler), self._past_moments()
+        history = [tuple(map(_sort, v)) if type(v) is list else _sort(v)
+                   for v in map(attributes.get, self.sampler.history)]
+        return None if past is None else (*map(attributes.get, self.sampler.state), *history, past)
+
+    def _arrive(self, place: Place | None = None) -> None:
+        """The trajectory is at ``place``, or, if that is not known, where the scheduler says."""
+        if place is None:
+            configuration, held = self.schedule.configuration(), self._held()
+            place = None if held is None else configuration.place(held)
+        attributes = vars(self.scheduler)
+        self._place, self._left = place, attributes.copy()
+        self._contents = [v.copy() for v in map(attributes.get, self._lists) if type(v) is list]
+
+    def _is_there(self) -> bool:
+        """Whether nobody changed the scheduler since it arrived."""
+        attributes, left = vars(self.scheduler), self._left
+        if self._begins and "_begin_index" in attributes:  # counts on the first step only, of which it is an argument
+            left["_begin_index"] = attributes["_begin_index"]
+        try:
+            # Comparing looks at identity first; only what was replaced is compared by value.
+            return (
+                attributes == left
+                and [v for v in map(attributes.get, self._lists) if type(v) is list] == self._contents
+                and self.schedule.is_unwritten()
+            )
+        except (RuntimeError, ValueError):  # two tensors, two arrays
+            return False
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
-        """The stock ``set_timesteps``; then reads the schedule from its device, so that no step has to."""
-        type(self.scheduler).set_timesteps(self.scheduler, *args, **kwargs)
-        self.schedule.read()
+        """The stock ``set_timesteps``; then a trajectory starts."""
+        self.schedule.set_timesteps(self._held(), args, kwargs)
+        self._arrive()
 
     def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """The stock ``scale_model_input``, without its read of the first step's index from the device."""
@@ -96,6 +118,9 @@ class Stepper:
             moment = self.schedule.moment(kwargs.get("timestep", args[1] if len(args) > 1 else None))
             if moment is not None:
                 scheduler._step_index = configuration.start(moment.value)
+                scaled = type(scheduler).scale_model_input(scheduler, *args, **kwargs)
+                self._arrive()
+                return scaled
         return type(scheduler).scale_model_input(scheduler, *args, **kwargs)
 
     def with_tables(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,52 +158,46 @@ class Stepper:
             return "autocast is on"
         if torch.compiler.is_compiling():
             return "the step is being compiled"
-        reason = sampler.refuse(self.scheduler, timestep)
-        if reason is not None:
-            return reason
-        configuration = schedule.configuration()
-        if configuration.reason is not None:
-            return configuration.reason
         if noise is not None and generator is not None:
             return "variance_noise comes with a generator"
+        if not self._is_there():
+            self._arrive()
 
+        attributes = vars(self.scheduler)
         tensors, times, others = more[: self._tensors], more[self._tensors : self._times], more[self._times :]
+        values = [sample, model_output, None, noise, None]
+        for entry in (*map(attributes.get, sampler.history), *tensors):
+            values += [t for t in (entry if type(entry) is list else (entry,)) if isinstance(t, Tensor)]
         begin = None
         moments: list[Moment | None] = []
-        attributes = vars(self.scheduler)
         first = attributes.get("_step_index", 0) is None
         if first:
             begin = attributes.get("_begin_index")
         if sampler.by_timestep or first:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
         # All that the scheduler does not hold. The types come before the values: tensors do not compare.
-        key = (site.backend, overridden(), forward_ad._current_level, [*map(type, others)], others, begin, moments,
-               [_kind(t) for t in (sample, model_output, noise, mask, *tensors) if t is not None])
-        held, place = self._held(), self._place
+        try:
+            key = (site.backend, overridden(), forward_ad._current_level, [_type(timestep), *map(type, others)], others,
+                   begin, moments, [t if t is None else _kind(t) for t in (mask, *values)])
+        except AttributeError:
+            return "the arguments do not fit the step"
         # Of a contiguous sample, kernels take history in any layout.
-        if not (sample.is_contiguous() and _same(held, self._left)):
-            place = None
-        choices: tuple[Choice, ...] = ()
+        place = self._place if sample.is_contiguous() else None
         following = None if place is None else place.next  # read once: other threads may set it
-        if following is not None and following.key == key:
-            _, step, choices = following
-        else:
-            found = self._find(configuration, _Arguments(sample, model_output, noise, mask, tensors, timestep, times,
-                                                         moments, begin, others))
-            if isinstance(found, str):
-                return found
-            step = found
-        values = [sample, model_output, None, noise, None]
-        for entry in (*held[: len(sampler.history)], *tensors):
-            values += [t for t in (entry if type(entry) is list else (entry,)) if isinstance(t, Tensor)]
+        if following is None or following.key != key:
+            step = self._find(_Arguments(sample, model_output, noise, mask, tensors, timestep, times, moments, begin,
+                                         others))
+            if isinstance(step, str):
+                return step
+            following = Next(key, step, sample.shape)
+            if place is not None:
+                place.next = following
         if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*values, mask)):
             return "a gradient is needed"
-        result, chosen = self._run(site, step, values, generator, mask, timestep, choices)
-        if place is not None and not choices:
-            place.next = Next(key, step, chosen)
+        result = self._run(site, following, values, generator, mask, timestep)
         if sampler.by_timestep and sampler.past is not None:
             self._past = [*self._past, (timestep, moments[0])][-MAX_PAST:]
-        self._place, self._left = step, _copies(self._held())
+        self._arrive(following.step)
         return result
 
     def _arrange(self, form: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
@@ -193,14 +212,16 @@ class Stepper:
         self._forms[form] = ordered if fits else None
         return self._forms[form]
 
-    def _held(self) -> list[Any]:
-        """What the scheduler keeps between steps: history, counters, earlier timesteps."""
-        return list(map(vars(self.scheduler).get, self._kept))
-
-    def _find(self, configuration: Configuration, arguments: _Arguments) -> Step | str:
+    def _find(self, arguments: _Arguments) -> Step | str:
         """The step by all that it depends on, or why there is none."""
         sample, model_output, noise, mask, tensors, timestep, times, moments, begin, others = arguments
         sampler, attributes = self.sampler, vars(self.scheduler)
+        reason = sampler.refuse(self.scheduler, timestep)
+        if reason is not None:
+            return reason
+        configuration = self.schedule.configuration()
+        if configuration.reason is not None:
+            return configuration.reason
         shape, device = sample.shape, sample.device
         if model_output.shape != shape or model_output.device != device or len(shape) < 2:
             return "model_output and sample differ in shape or device, or have one dimension"
@@ -259,44 +280,42 @@ class Stepper:
         values = all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True))
         return tuple(moments) if values else None
 
-    def _run(
-        self, site: Site, step: Step, values: list[Any], generator: Any, mask: Any, timestep: Any,
-        choices: tuple[Choice, ...],
-    ) -> tuple[Any, tuple[Choice, ...]]:
-        """The step's result, and what served its launches: ``choices``, if there are any."""
-        plan = step.plan
+    def _run(self, site: Site, following: Next, values: list[Any], generator: Any, mask: Any, timestep: Any) -> Any:
+        """The step's result."""
+        plan = following.step.plan
         sample, model_output = values[SAMPLE], values[MODEL_OUTPUT]
         for position, dtype in enumerate(plan.drawn, NOISE):
             values[position] = self._randn(model_output.shape, generator, device=model_output.device, dtype=dtype)
-        chosen = choices
-        for i, (slot, positions, noise, arguments, keeps) in enumerate(step.calls):
-            call = sample, model_output, [values[j] for j in positions], values[NOISE] if noise else None, *arguments
-            if not choices:
-                chosen = *chosen, site.choose(scheduler_step, *call)
-            site.note(slot, chosen[i])
-            result, entry, kept = chosen[i].run(*call)
-            values.append(result)
-            if keeps:
-                values.append(kept)
-            if i == 0:
+        for launch in following.launches:
+            tensors = (sample, model_output, [values[j] for j in launch.history],
+                       values[NOISE] if launch.noise else None)
+            if launch.choice is None:
+                launch.choose(site, *tensors)
+            if site.served.get(launch.slot) is not launch.choice:
+                site.note(launch.slot, launch.choice)
+            result, entry, kept = launch.run(*tensors)
+            if values[CLAMPED] is None:  # the first launch's; none where there is no entry
                 values[CLAMPED] = entry
+            values.append(result)
+            if launch.keeps:
+                values.append(kept)
         if plan.blend is not None:
             zero, one = plan.blend
             values[zero] = torch.lerp(values[zero], values[one], mask)
         attributes = vars(self.scheduler)
         for name, after in plan.history:
-            if isinstance(after, list):
-                attributes[name][:] = [_after(values, a) for a in after]
+            if type(after) is list:
+                attributes[name][:] = [values[a] if type(a) is int else a.value for a in after]
             else:
-                attributes[name] = _after(values, after)
-        for name, value in plan.state:
-            attributes[name] = sample.shape[2:] if type(value) is torch.Size else value
+                attributes[name] = values[after] if type(after) is int else after.value
+        attributes.update(following.state)
         if plan.past:
             past = attributes[self.sampler.past]
             past[:] = [None if j is None else timestep if j < 0 else past[j] for j in plan.past]
-        fields = [_after(values, a) for _, a in plan.fields]
-        output = tuple(fields) if plan.output is tuple else plan.output(**dict(zip(step.names, fields, strict=True)))
-        return output, chosen
+        fields = [values[a] if type(a) is int else a.value for _, a in plan.fields]
+        if plan.output is tuple:
+            return tuple(fields)
+        return plan.output(**dict(zip(following.step.names, fields, strict=True)))
 
     def _probe(self, configuration: Configuration, call: Call) -> Step | str:
         if len(configuration.steps) >= MAX_STEPS:
@@ -347,22 +366,14 @@ def _masks(mask: Any, sample: Tensor) -> bool:
     return len(sizes) == sample.dim() and all(m in (1, s) for m, s in zip(sizes, sample.shape, strict=True))
 
 
-def _after(values: list[Any], after: After) -> Any:
-    return after.value if isinstance(after, Constant) else values[after]
+def _type(timestep: Any) -> Any:
+    return timestep.dtype if isinstance(timestep, Tensor) else type(timestep)
+
+
+def _sort(value: Any) -> Any:
+    """Of what a scheduler keeps between steps: a tensor's kind, or the value itself."""
+    return _kind(value) if isinstance(value, Tensor) else value
 
 
 #: What kernels look at of a tensor, besides its layout.
 _kind = attrgetter("__class__", "dtype", "shape", "device")
-
-
-def _copies(held: list[Any]) -> list[Any]:
-    """The same objects, in lists of their own."""
-    return [v.copy() if type(v) is list else v for v in held]
-
-
-def _same(held: list[Any], left: list[Any]) -> bool:
-    """Whether these are the same objects, in lists too, or equal numbers. Comparing looks at identity first."""
-    try:
-        return held == left
-    except (RuntimeError, ValueError):  # two tensors, two arrays
-        return False

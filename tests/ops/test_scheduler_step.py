@@ -20,6 +20,9 @@ from numerics import (
 )
 from torch import Tensor
 
+from fastdiff import _extension
+from fastdiff._launches import LaunchCounter
+from fastdiff.backends import _cpu_step
 from fastdiff.ops import scheduler_step
 
 pytestmark = pytest.mark.kernel
@@ -226,3 +229,99 @@ def test_opcheck() -> None:
 
 def test_compile() -> None:
     assert_compiles(scheduler_step, *_call(history=2, clip=1.0))
+
+
+def _never(*args: Any) -> Any:
+    raise AssertionError("the dispatcher was called")
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    history=st.integers(0, 8),
+    noise=st.booleans(),
+    entry=st.booleans(),
+    kept=st.booleans(),
+    clip=st.none() | st.floats(0, 2),
+    dtypes=st.lists(st.sampled_from(DTYPES), min_size=11, max_size=11),
+    results=st.lists(st.none() | st.sampled_from(DTYPES), min_size=3, max_size=3),
+)
+def test_prepared_is_the_op(
+    history: int, noise: bool, entry: bool, kept: bool, clip: float | None, dtypes: list[torch.dtype],
+    results: list[torch.dtype | None],
+) -> None:  # fmt: skip
+    """Bit for bit, whatever the types, of tensors other than those it was prepared with."""
+    found = []
+    for seed in (1, 2):
+        sample, output, past, drawn, *rest = _call(torch.Generator().manual_seed(seed), history=history, noise=noise,
+                                                   entry=entry, kept=kept, clip=clip)
+        past = [t.to(d) for t, d in zip(past, dtypes, strict=False)]
+        tensors = sample.to(dtypes[8]), output.to(dtypes[9]), past, None if drawn is None else drawn.to(dtypes[10])
+        found.append((*tensors, *rest[:3], results[0], results[1], rest[5], results[2]))
+    step = _cpu_step.prepare(_never, *found[0])
+    assert step is not None
+    wanted = scheduler_step.overload(*found[1])
+    ours = step(*found[1][:4])
+    for got, want, there in zip(ours, wanted, (True, entry, kept), strict=True):
+        assert (got is not None) is there
+        assert got is None or (got.dtype is want.dtype and torch.equal(got, want))
+
+
+def _watched(context: Any) -> Any:
+    def call(step: Any, tensors: tuple[Any, ...]) -> Any:
+        with context():
+            return step(*tensors)
+
+    return call
+
+
+DISPATCHED = {
+    "a dispatch mode": _watched(LaunchCounter),
+    "a function mode": _watched(lambda: torch.device("cpu")),
+    "a profiler": _watched(torch.autograd.profiler.profile),
+    "a transform": lambda step, tensors: torch.func.vmap(lambda x: (step(*tensors)[0], x)[0])(torch.ones(1))[0:1],
+    "a transposed history": lambda step, t: step(t[0], t[1], [t[2][0].mT.contiguous().mT], t[3]),
+    "a transposed model output": lambda step, t: step(t[0], t[1].mT.contiguous().mT, *t[2:]),
+    "a lazy negative": lambda step, t: step(t[0], torch._neg_view(-t[1]), *t[2:]),
+}
+
+
+@pytest.mark.parametrize("what", DISPATCHED)
+def test_what_prepared_leaves_to_the_dispatcher(what: str) -> None:
+    """Modes and profilers see the op; layouts that are not the kernel's are copied."""
+    args = _call()
+    calls = []
+    run = scheduler_step.choose(*args).run
+    step = _cpu_step.prepare(lambda *a: calls.append(1) or run(*a), *args)
+    assert step is not None
+    wanted = step(*args[:4])[0]
+    assert not calls
+    got = DISPATCHED[what](step, args[:4])
+    assert calls == [1]
+    if isinstance(got, tuple):
+        assert torch.equal(got[0], wanted)
+
+
+def test_what_is_not_prepared() -> None:
+    for shape in ((0, 4), (1, 4, 256, 128)):
+        assert _cpu_step.prepare(_never, *_call(shape=shape)) is None
+
+
+def test_prepared_addresses() -> None:
+    """Of a tensor without memory, or too few, nothing is read."""
+    assert _extension.module is not None
+    call = _extension.module.bind_scheduler_step(4, [0, -1, -1, 0, 0, -1, 0], [1.0, 0.5, 0.0, 0.0, 2.0], [], None, [])
+    sample, output, past, following = torch.arange(16.0).view(4, 4)
+    addresses = [following.data_ptr(), 0, 0, sample.data_ptr(), output.data_ptr(), 0, past.data_ptr()]
+    call(*addresses)
+    assert torch.equal(following, sample + 0.5 * output + 2 * past)
+    following.zero_()
+    wrong = [[*addresses[:i], 0, *addresses[i + 1 :]] for i in (0, 3, 4, 6)]
+    wrong += [addresses[:-1], [*addresses, 1], [*addresses[:1], 1, *addresses[2:]]]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="an address is missing"):
+            call(*arguments)
+    with pytest.raises(TypeError):
+        call(*addresses[:-1], "x")
+    assert not following.any()
+    with pytest.raises(ValueError, match="do not fit"):
+        _extension.module.bind_scheduler_step(4, [0, 0, -1, 0, 0, -1], [1.0, 0.5, 0.0, 0.0], [], None, [])

@@ -176,3 +176,31 @@ def test_another_call_in_the_middle(change: str) -> None:
             samples.append(sample)
     tolerance = 1e-2 if change == "dtype" else 1e-5  # stock rounds to half
     assert all(error(ours, theirs) < tolerance for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+
+
+def _shrink(tensor: torch.Tensor) -> None:
+    tensor.data = tensor.data[:1].clone()
+
+
+@pytest.mark.kernel
+@pytest.mark.parametrize("how", ["batch", "in place"])
+def test_history_of_another_shape(how: str) -> None:
+    """Stock broadcasts it; a kernel would read past its end. The steps themselves are known."""
+    x = torch.randn((4, *SHAPE[1:]), generator=torch.Generator().manual_seed(0))
+    results = []
+    for patched in (False, True):
+        scheduler = make(DPM, patched)
+        for generation in range(3):
+            scheduler.set_timesteps(3)
+            last = generation == 2
+            for index, t in enumerate(scheduler.timesteps):
+                count = 1 if last and index == 0 and how == "batch" else 4
+                if last and index == 1 and how == "in place":
+                    _shrink(scheduler.model_outputs[-1])
+                sample = scheduler.step(x[:count], t, x[:count].flip(1)).prev_sample
+                if patched:
+                    reason = "stock: a history tensor differs from the sample in shape or device"
+                    assert served(scheduler) == (reason if last and index else "cpu")
+            results.append(sample)
+    assert error(results[5], results[2]) < 1e-6
+    assert error(results[2], results[1]) < 1e-6 or how == "in place"

@@ -1,0 +1,72 @@
+"""``scheduler_step`` on small CPU tensors without torch's dispatcher, which takes ten times as long as the kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastdiff import _extension
+from fastdiff.backends import is_plain
+
+#: Values up to which the kernel runs on the calling thread alone. For larger ones the call's own time is nothing, and
+#: torch's dispatcher lets other Python threads run meanwhile.
+SMALL = 1 << 16
+
+#: Takes sample, model output, history and noise; gives next, new entry and third result, ``None`` where not wanted.
+Prepared = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None], tuple[Tensor, Tensor | None, Tensor | None]]
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_address, _is_contiguous, _is_neg = Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg
+
+
+def prepare(
+    run: Callable[..., Any],
+    sample: Tensor,
+    model_output: Tensor,
+    history: Sequence[Tensor],
+    noise: Tensor | None,
+    prev: Sequence[float],
+    entry: Sequence[float],
+    clip: float | None = None,
+    prev_dtype: torch.dtype | None = None,
+    entry_dtype: torch.dtype | None = None,
+    kept: Sequence[float] = (),
+    kept_dtype: torch.dtype | None = None,
+) -> Prepared | None:
+    """See :attr:`fastdiff.backends.Kernel.prepare`; ``run`` serves what needs the dispatcher after all."""
+    bind = getattr(_extension.module, "bind_scheduler_step", None)  # an extension from before has none
+    numel = sample.numel()
+    if bind is None or not 0 < numel <= SMALL:
+        return None
+    results = (
+        prev_dtype or sample.dtype,
+        (entry_dtype or model_output.dtype) if entry else None,
+        (kept_dtype or sample.dtype) if kept else None,
+    )
+    operands = (sample, model_output, noise, *history)
+    types = [-1 if d is None else _TYPES[d] for d in (*results, *(None if t is None else t.dtype for t in operands))]
+    call = bind(numel, types, prev, entry, clip, kept)
+    arguments = prev, entry, clip, prev_dtype, entry_dtype, kept, kept_dtype
+    first, second, third = results
+
+    def step(
+        sample: Tensor, model_output: Tensor, history: Sequence[Tensor], noise: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        tensors = [sample, model_output, *history] if noise is None else [sample, model_output, *history, noise]
+        if not (is_plain() and all(map(_is_contiguous, tensors))) or any(map(_is_neg, tensors)):
+            found: tuple[Tensor, Tensor, Tensor] = run(sample, model_output, history, noise, *arguments)
+            return found
+        following = torch.empty_like(sample, dtype=first)
+        new = None if second is None else torch.empty_like(sample, dtype=second)
+        other = None if third is None else torch.empty_like(sample, dtype=third)
+        call(
+            following.data_ptr(), 0 if new is None else new.data_ptr(), 0 if other is None else other.data_ptr(),
+            sample.data_ptr(), model_output.data_ptr(), 0 if noise is None else noise.data_ptr(),
+            *map(_address, history),
+        )  # fmt: skip
+        return following, new, other
+
+    return step
