@@ -20,7 +20,7 @@ def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
         assert type(mine) is type(value), name
         if isinstance(value, Tensor):
             assert (mine.dtype, mine.shape, mine.stride()) == (value.dtype, value.shape, value.stride()), name
-            assert torch.equal(mine, value), name
+            assert torch.allclose(mine, value, rtol=0, atol=0, equal_nan=True), name
         elif isinstance(value, np.ndarray):
             assert np.array_equal(mine, value), name
         elif not callable(value):
@@ -41,7 +41,7 @@ def test_known_schedules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     stock, patched = make(name), make(name, True)
     calls = _count_calls(stock, monkeypatch)
     for turn, steps in enumerate([2, 2, 2, 2] if name == "ConsistencyDecoderScheduler" else [5, 6] * 3):
-        before = patched.timesteps
+        before = getattr(patched, "timesteps", None)
         calls.clear()
         for scheduler in (stock, patched):
             set_timesteps(scheduler, steps)
@@ -96,7 +96,7 @@ def test_writes_between_generations(table: str) -> None:
         _assert_same(attributes(patched), attributes(stock))
         if turn == 2:
             for scheduler in (stock, patched):
-                getattr(scheduler, table).mul_(0.5)
+                getattr(scheduler, table).div_(2, rounding_mode="floor" if table == "timesteps" else None)
 
 
 def test_default_dtype() -> None:
