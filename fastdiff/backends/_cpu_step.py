@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,6 +21,13 @@ Prepared = Callable[[Tensor, Tensor, Sequence[Tensor], Tensor | None], tuple[Ten
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _address, _is_contiguous, _is_neg = Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_neg
+
+
+def _empty(dtype: torch.dtype | None, own: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """What makes a result of that type, given the sample, of type ``own``."""
+    if dtype is None:
+        return None
+    return torch.empty_like if dtype is own else functools.partial(torch.empty_like, dtype=dtype)
 
 
 def prepare(
@@ -50,7 +58,8 @@ def prepare(
     types = [-1 if d is None else _TYPES[d] for d in (*results, *(None if t is None else t.dtype for t in operands))]
     call = bind(numel, types, prev, entry, clip, kept)
     arguments = prev, entry, clip, prev_dtype, entry_dtype, kept, kept_dtype
-    first, second, third = results
+    first, second, third = [_empty(dtype, sample.dtype) for dtype in results]
+    assert first is not None
 
     def step(
         sample: Tensor, model_output: Tensor, history: Sequence[Tensor], noise: Tensor | None
@@ -59,9 +68,9 @@ def prepare(
         if not (is_plain() and all(map(_is_contiguous, tensors))) or any(map(_is_neg, tensors)):
             found: tuple[Tensor, Tensor, Tensor] = run(sample, model_output, history, noise, *arguments)
             return found
-        following = torch.empty_like(sample, dtype=first)
-        new = None if second is None else torch.empty_like(sample, dtype=second)
-        other = None if third is None else torch.empty_like(sample, dtype=third)
+        following = first(sample)
+        new = None if second is None else second(sample)
+        other = None if third is None else third(sample)
         call(
             following.data_ptr(), 0 if new is None else new.data_ptr(), 0 if other is None else other.data_ptr(),
             sample.data_ptr(), model_output.data_ptr(), 0 if noise is None else noise.data_ptr(),

@@ -200,6 +200,7 @@ def _configurations() -> list[Configuration]:
     for eta in (0.0, 1.0):
         add("RePaintScheduler", {"eta": eta})
     add("RePaintScheduler", {"eta": 0.5, "clip_sample": False, "beta_schedule": "scaled_linear"})
+    add("RePaintScheduler", {}, {"steps": 8, "jump_length": 3, "jump_n_sample": 2})  # goes back in time
     add("KarrasVeScheduler", {"sigma_min": 1.0})
     add("DDPMWuerstchenScheduler", {})
     add("DDPMWuerstchenScheduler", {"scaler": 2.0})

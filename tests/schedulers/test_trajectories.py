@@ -18,16 +18,22 @@ every_configuration = pytest.mark.parametrize("configuration", CONFIGURATIONS, i
 
 
 def assert_same_books(
-    ours: dict[str, Any], stock: dict[str, Any], tolerance: float, dtypes: bool = True
+    ours: dict[str, Any], stock: dict[str, Any], tolerance: float, dtypes: bool = True, nudged: Any = None
 ) -> None:
-    """One step's result and the attributes after it: equal but for rounding; types, and dtypes if asked, exactly."""
+    """One step's result and the attributes after it: equal but for rounding; types, and dtypes if asked, exactly.
+
+    Args:
+        nudged: the same step of stock, on inputs that differ in the last place: where stock's own results differ by
+            more than the tolerance, ours may differ from it by twice as much.
+    """
     assert ours["type"] is stock["type"]
     a, b = tensors(ours), tensors(stock)
     assert a.keys() == b.keys()
     for name in a:
         assert a[name].dtype == b[name].dtype or not dtypes, name
         assert a[name].stride() == b[name].stride(), name
-        assert error(a[name], b[name]) <= tolerance, name
+        own = 0.0 if nudged is None else error(tensors(nudged)[name], b[name])
+        assert error(a[name], b[name]) <= max(tolerance, 2 * own), name
     assert ours["attributes"].keys() == stock["attributes"].keys()
     for name, value in stock["attributes"].items():
         mine = ours["attributes"][name]
@@ -49,7 +55,8 @@ def test_fp64(configuration: Configuration) -> None:
 def assert_fp64(configuration: Configuration) -> None:
     """Within 1e-12 of the stock step kept from rounding to fp32, and 1e-6 of the stock step as it is.
 
-    A sampler that keeps fp32 tensors between steps rounds there itself.
+    A sampler that keeps fp32 tensors between steps rounds there itself. DEIS keeps (x - a (x - s m) / a) / s, which is m
+    but for what the subtraction of x loses: at small sigmas and large samples more than 1e-12.
     """
     name, config, schedule, step = configuration
     options: dict[str, Any] = {"schedule": schedule, "step": step}
@@ -58,9 +65,13 @@ def assert_fp64(configuration: Configuration) -> None:
     for wide, tolerance in ((None, 1e-6), (ours[-1]["drawn"], 1e-6 if rounds else 1e-12)):
         reference = run(make(name, **config), torch.float64, wide=wide, inputs_dtype=torch.float64, **options)
         assert len(ours) == len(reference)
-        for mine, theirs in zip(ours, reference, strict=True):
+        nudged: list[Any] = [None] * len(ours)
+        if name == "DEISMultistepScheduler":
+            nudged = run(make(name, **config), torch.float64, wide=wide, inputs_dtype=torch.float64, nudge=True,
+                         **options)
+        for mine, theirs, own in zip(ours, reference, nudged, strict=True):
             assert mine["site"] == "eager"  # fp64 has no kernel; it must not be the stock step
-            assert_same_books(mine, theirs, tolerance, dtypes=wide is None or not rounds)
+            assert_same_books(mine, theirs, tolerance, dtypes=wide is None or not rounds, nudged=own)
         assert torch.equal(ours[-1]["generator"], reference[-1]["generator"])
 
 
