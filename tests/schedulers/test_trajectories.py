@@ -55,8 +55,8 @@ def test_fp64(configuration: Configuration) -> None:
 def assert_fp64(configuration: Configuration) -> None:
     """Within 1e-12 of the stock step kept from rounding to fp32, and 1e-6 of the stock step as it is.
 
-    A sampler that keeps fp32 tensors between steps rounds there itself. DEIS keeps (x - a (x - s m) / a) / s, which is m
-    but for what the subtraction of x loses: at small sigmas and large samples more than 1e-12.
+    A sampler that keeps fp32 tensors between steps rounds there itself. DEIS keeps (x - a (x - s m) / a) / s, which is
+    m but for what the subtraction of x loses: at small sigmas and large samples more than 1e-12.
     """
     name, config, schedule, step = configuration
     options: dict[str, Any] = {"schedule": schedule, "step": step}
