@@ -126,11 +126,12 @@ class Served:
         self.choice: Choice | None = None
         self.run: Callable[..., Any] = self._unprepared
 
-    def choose(self, site: Site, *tensors: Any) -> None:
+    def choose(self, site: Site, *tensors: Any) -> Choice:
         """Find what serves these tensors, and all like them."""
         call = *tensors, *self.arguments
         choice = self.choice = site.choose(scheduler_step, *call)
         self.run = (choice.prepare and choice.prepare(*call)) or self._unprepared
+        return choice
 
     def _unprepared(self, *tensors: Any) -> Any:
         assert self.choice is not None

@@ -62,7 +62,7 @@ def changes_by(scheduler: Any, call: Callable[[], None]) -> dict[str, Any] | Non
         call()
     finally:
         logger.removeFilter(note)
-    changes = {}
+    changes: dict[str, Any] = {}
     for name, value in attributes.items():
         old, contents = before.pop(name, (changes, None))
         if value is not old:

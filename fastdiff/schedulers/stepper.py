@@ -292,10 +292,9 @@ class Stepper:
         for launch in following.launches:
             tensors = (sample, model_output, [values[j] for j in launch.history],
                        values[NOISE] if launch.noise else None)
-            if launch.choice is None:
-                launch.choose(site, *tensors)
-            if site.served.get(launch.slot) is not launch.choice:
-                site.note(launch.slot, launch.choice)
+            choice = launch.choice or launch.choose(site, *tensors)
+            if site.served.get(launch.slot) is not choice:
+                site.note(launch.slot, choice)
             result, entry, kept = launch.run(*tensors)
             if values[CLAMPED] is None:  # the first launch's; none where there is no entry
                 values[CLAMPED] = entry
@@ -307,15 +306,15 @@ class Stepper:
             values[zero] = torch.lerp(values[zero], values[one], mask)
         attributes = vars(self.scheduler)
         for name, after in plan.history:
-            if type(after) is list:
-                attributes[name][:] = [values[a] if type(a) is int else a.value for a in after]
+            if isinstance(after, list):
+                attributes[name][:] = [values[a] if isinstance(a, int) else a.value for a in after]
             else:
-                attributes[name] = values[after] if type(after) is int else after.value
+                attributes[name] = values[after] if isinstance(after, int) else after.value
         attributes.update(following.state)
         if plan.past:
             past = attributes[self.sampler.past]
             past[:] = [None if j is None else timestep if j < 0 else past[j] for j in plan.past]
-        fields = [values[a] if type(a) is int else a.value for _, a in plan.fields]
+        fields = [values[a] if isinstance(a, int) else a.value for _, a in plan.fields]
         if plan.output is tuple:
             return tuple(fields)
         return plan.output(**dict(zip(following.step.names, fields, strict=True)))
