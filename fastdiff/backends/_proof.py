@@ -112,7 +112,7 @@ def prove(device: torch.device, measure: Measure) -> dict[tuple[str, str], tuple
         found[key] = best, means[best] if best != "eager" else 1.0
     path = losses.own_file(losses.kind(device))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fastest: losses.Fastest = {}
+    fastest: dict[str, dict[str, str]] = {}
     for (op, dtype_name), (best, _) in found.items():
         fastest.setdefault(op, {})[dtype_name] = best
     path.write_text(json.dumps({"versions": losses.own_versions(), "fastest": fastest}, indent=1) + "\n")
