@@ -155,13 +155,13 @@ def own_versions() -> dict[str, str]:
 
 
 @fact
-def own(name: str) -> dict[str, dict[str, str]]:
-    """By op and dtype the backend that was found here to be the fastest on a kind of device."""
+def own(name: str, op: str, dtype: str) -> str | None:
+    """The backend that was found here to be the fastest at an op on a kind of device, ``"eager"`` among them."""
     try:
         found = json.loads(own_file(name).read_text())
     except (OSError, ValueError):  # there is none, or it was cut
-        return {}
-    return found["fastest"] if found["versions"] == own_versions() else {}
+        return None
+    return found["fastest"].get(op, {}).get(dtype) if found["versions"] == own_versions() else None
 
 
 def fastest_on(name: str, op: str, dtype: str) -> str | None:
@@ -169,7 +169,7 @@ def fastest_on(name: str, op: str, dtype: str) -> str | None:
 
     As measured here, else as shipped.
     """
-    return own(name).get(op, {}).get(dtype) or fastest.get(name, {}).get(op, {}).get(dtype)
+    return own(name, op, dtype) or fastest.get(name, {}).get(op, {}).get(dtype)
 
 
 def is_proven(name: str, op: str) -> bool:
