@@ -71,8 +71,15 @@ def is_right(run: Callable[..., Any], eager: Callable[..., Any], args: tuple[Any
     return True
 
 
+def is_of_the_compiler(error: Exception) -> bool:
+    """Whether a kernel's code or configuration is at fault. A failed pass of Triton's compiler is a RuntimeError, as
+    CUDA's errors are."""
+    names = ("OutOfResources", "PTXASError", "CompilationError")
+    return type(error).__name__ in names or "PassManager" in str(error)
+
+
 def speeds(example: Example, measure: Measure) -> dict[str, float]:
-    """How many times as fast as eager each backend is that serves the call; 0 if its result is wrong."""
+    """How many times as fast as eager each backend is that serves the call; 0 if it is wrong or does not compile."""
     from fastdiff.ops._library import OPS
 
     name, args, kwargs = example
@@ -85,7 +92,13 @@ def speeds(example: Example, measure: Measure) -> dict[str, float]:
             reason = kernel.yields(*args, **kwargs)
         if reason is not None or not kernel.on_request:
             continue
-        if not is_right(kernel.run, op.eager, few, kwargs):
+        try:
+            right = is_right(kernel.run, op.eager, few, kwargs)
+        except Exception as error:
+            if not is_of_the_compiler(error):
+                raise
+            right = False
+        if not right:
             found[kernel.backend] = 0.0
             continue
         time = time or measure(partial(op.eager, *args, **kwargs))

@@ -67,7 +67,7 @@ def device_reason(index: int) -> str | None:
 
 @fact
 def _torch_depths(device: torch.device) -> tuple[int, ...]:
-    return () if is_measured(device) else TORCH_ATTENTION.get(torch.cuda.get_device_capability(device), ())
+    return () if is_measured(device, "attention") else TORCH_ATTENTION.get(torch.cuda.get_device_capability(device), ())
 
 
 def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:

@@ -4,7 +4,8 @@ The table is ``losses.json``, which ``python -m fastdiff bench report`` writes f
 device, a backend and an op, and the sizes at which eager (for attention torch's own) was faster, beyond noise, in all
 rows of a bucket. On a kind of CPU that nothing was measured on, nothing is in the table: kernels serve there, and
 ``fastdiff info`` says that their speed was not measured; on such a GPU kernels serve on request only, or once
-``python -m fastdiff tune`` has checked and measured them there. Whoever asks for a backend by name gets it regardless.
+``python -m fastdiff tune`` has checked and measured them there. Whoever asks for a backend by name gets it regardless;
+only attention that torch is known to do faster takes a strict request.
 """
 
 from __future__ import annotations
@@ -159,9 +160,10 @@ def own(name: str, op: str, dtype: str) -> str | None:
     """The backend that was found here to be the fastest at an op on a kind of device, ``"eager"`` among them."""
     try:
         found = json.loads(own_file(name).read_text())
-    except (OSError, ValueError):  # there is none, or it was cut
+        best = found["fastest"][op][dtype]
+        return best if isinstance(best, str) and found["versions"] == own_versions() else None
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, it was cut, or is another version's
         return None
-    return found["fastest"].get(op, {}).get(dtype) if found["versions"] == own_versions() else None
 
 
 def fastest_on(name: str, op: str, dtype: str) -> str | None:
@@ -187,15 +189,15 @@ def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[s
     return None if best == backend else f"{best} is the faster one on {name} in {dtype}, as measured"
 
 
-def is_measured(device: torch.device) -> bool:
-    """Whether fastdiff ships measurements of that kind of device."""
-    return kind(device) in measured_on
+def is_measured(device: torch.device, op: str) -> bool:
+    """Whether fastdiff ships measurements of an op on that kind of device."""
+    return op in fastest.get(kind(device), {})
 
 
 def standing(backend: str, device: torch.device) -> str:
     """Whether the speed of a backend's kernels is known on a device, for ``fastdiff info``."""
     name = kind(device)
-    if not is_measured(device):
+    if name not in measured_on:
         return f"speed not measured on {name}"
     count = sum((loss.backend, loss.device) == (backend, name) for entries in by_kernel.values() for loss in entries)
     left = {0: "no measured size is", 1: "one measured size is"}.get(count, f"{count} measured sizes are")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -204,6 +206,23 @@ def inputs_of(case: Case = CASES[0], dtype: torch.dtype = torch.float32) -> dict
 def is_stock(model: nn.Module) -> bool:
     """Whether no forward is replaced, by anybody, and nothing of fastdiff is left."""
     return not any("forward" in vars(m) or site_of(m) for m in model.modules()) and patch_of(model) is None
+
+
+def narrower(model: nn.Module) -> dict[str, str]:
+    """Replaced forwards that take fewer positional arguments than stock's, as gradient checkpointing passes them."""
+
+    def positional(function: Any) -> float:
+        kinds = [parameter.kind for parameter in inspect.signature(function).parameters.values()]
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return float("inf")
+        return len(kinds) - kinds.count(inspect.Parameter.KEYWORD_ONLY) - kinds.count(inspect.Parameter.VAR_KEYWORD)
+
+    return {
+        path: type(module).__name__
+        for path, module in model.named_modules()
+        if "forward" in vars(module)
+        and positional(module.forward) < min(positional(partial(type(module).forward, module)), 99)
+    }
 
 
 def is_fused(x: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, Case, flat, output
+from models import CASES, Case, flat, narrower, output
 from zoo import ALL_CASES
 
 import fastdiff
@@ -65,6 +65,7 @@ def test_sites(case: Case) -> None:
     """The expected sites, all served by the CPU kernels, no place left over; fewer launches on a real forward."""
     model = fastdiff.patch(case.build())
     inputs = case.inputs(_generator(0), torch.float32)
+    assert narrower(model) == {}
     before = fastdiff.report(model)
     assert before.coverage == 0.0
     assert set(before.backends) <= {"not run yet", "stock"}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor
 from transformer_models import TRANSFORMERS, Transformer, outputs
 
@@ -121,3 +124,52 @@ def test_ltx2_streams_apart() -> None:
     assert (expected - together).norm() > 1e-3 * together.norm()
     fastdiff.patch(model)
     assert (outputs(model, inputs | {"isolate_modalities": True}) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_cosmos_keeps_its_dtype_beside_a_controlnet() -> None:
+    """Residuals of another dtype are added in place by stock code."""
+    case = _named("Cosmos")
+    model = case.build().bfloat16()
+    block, calls = model.transformer_blocks[0], []
+    hook = block.register_forward_pre_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    outputs(model, case.inputs(0, torch.bfloat16, model))
+    hook.remove()
+    ((args, kwargs),) = calls
+    named = inspect.signature(block.forward).bind(*args, **kwargs).arguments
+    named["controlnet_residual"] = torch.randn(named["hidden_states"].shape)
+    with torch.no_grad():
+        expected = block(**named)
+        fastdiff.patch(model)
+        ours = block(**named)
+    assert ours.dtype == expected.dtype == torch.bfloat16
+    assert (ours.float() - expected.float()).norm() <= 1e-2 * expected.float().norm()
+
+
+def test_cosmos_with_a_picture_as_context() -> None:
+    """Its cross-attention has an attention of its own for the picture: left alone, and the report says so."""
+    case = replace(_named("Cosmos"), config=_named("Cosmos").config | {
+        "img_context_dim_in": 12, "img_context_num_tokens": 4, "img_context_dim_out": 40,
+    })  # fmt: skip
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    inputs["encoder_hidden_states"] = inputs["encoder_hidden_states"], torch.randn(1, 4, 12)
+    inputs["attention_mask"] = None
+    expected = outputs(model, inputs)
+    fastdiff.patch(model)
+    assert (outputs(model, inputs) - expected).norm() <= 1e-5 * expected.norm()
+    left = [row for row in fastdiff.report(model).rows if row.cls == "CosmosAttention"]
+    assert [row.reason for row in left] == ["it also attends to a picture's context"] * 2
+
+
+def test_patched_while_another_backend_is_active() -> None:
+    """Cosmos's attention asks for the backend at every call, not once for all."""
+    case = _named("Cosmos")
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    with attention_backend("_native_math"):
+        fastdiff.patch(model)
+        outputs(model, inputs)
+        reasons = {row.reason for row in fastdiff.report(model).rows if row.cls == "Attention"}
+        assert reasons == {"another attention backend is active"}
+    outputs(model, inputs)
+    assert all(row.fused for row in fastdiff.report(model).rows if row.cls == "Attention")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import CONTRACTS, contracts, fake_tensors
+from models import narrower
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformer_models import TRANSFORMERS, Transformer, outputs, to_dtype
@@ -51,6 +52,7 @@ def test_sites(case: Transformer) -> None:
     model = case.build()
     inputs = case.inputs(0, model=model)
     fastdiff.patch(model)
+    assert narrower(model) == {}
     outputs(model, inputs)
     rows = fastdiff.report(model).rows
     left = [row for row in rows if row.backend == "stock"]

@@ -15,7 +15,9 @@ from zoo import ZOO, model_class
 
 import fastdiff
 from fastdiff._launches import count_launches
+from fastdiff.ops import qk_norm_rope
 from fastdiff.ops._library import OPS
+from fastdiff.patching.families.video_autoencoders import MOCHI_EPS
 
 
 def _tiled() -> Any:
@@ -34,6 +36,27 @@ def _sliced() -> Any:
 def _there_and_back(model: Any, x: Tensor) -> Tensor:
     with torch.no_grad():
         return model.decode(model.encode(x).latent_dist.mean, return_dict=False)[0]
+
+
+def test_checkpoints_of_ltx2() -> None:
+    """Gradient checkpointing passes all arguments by position."""
+    model = _video("LTX-2").requires_grad_(True).train()
+    model.enable_gradient_checkpointing()
+    x = torch.randn(1, 3, 9, 32, 32)
+    expected = model.encode(x).latent_dist.mean
+    fastdiff.patch(model)
+    ours = model.encode(x).latent_dist.mean
+    assert (ours - expected).norm() <= 1e-4 * expected.norm()
+    ours.square().mean().backward()
+    assert all(p.grad is not None for p in model.encoder.parameters())
+
+
+def test_gradient_at_zero_queries() -> None:
+    """Of Mochi's VAE: queries of length 0, as of black frames, have a finite gradient."""
+    q = torch.zeros(1, 2, 1, 8, requires_grad=True)
+    ours, _ = qk_norm_rope(q, q, eps=MOCHI_EPS)
+    ours.sum().backward()
+    assert q.grad is not None and q.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

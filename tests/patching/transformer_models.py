@@ -419,9 +419,8 @@ TRANSFORMERS = [
 
 #: Those whose blocks are replaced by another family's functions, and what these are tested for there is not repeated.
 _KIN = {
-    "Wan VACE", "ChronoEdit", "SkyReels V2", "SkyReels V2 DF", "HunyuanVideo FramePack", "HunyuanVideo 1.5",
-    "HunyuanImage 2.1", "LTX-2.3", "Qwen-Image ControlNet", "Sana ControlNet", "LongCat-Image", "Ovis-Image",
-    "ConsisID",
+    "ChronoEdit", "SkyReels V2", "HunyuanVideo FramePack", "HunyuanImage 2.1", "LTX-2.3", "Qwen-Image ControlNet",
+    "Sana ControlNet", "LongCat-Image", "ConsisID",
 }  # fmt: skip
 #: All others; with ``FASTDIFF_TEST_ALL=1`` all.
 OWN_BLOCKS = [case for case in TRANSFORMERS if case.name not in _KIN or "FASTDIFF_TEST_ALL" in os.environ]

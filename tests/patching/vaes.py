@@ -92,7 +92,7 @@ VAES = (
         {"latent_channels": 8, "block_out_channels": (8, 16, 16, 32), "decoder_block_out_channels": (8, 16, 32),
          "layers_per_block": (1, 1, 1, 1, 1), "decoder_layers_per_block": (1, 1, 1, 1)},
         {}, "Lightricks/LTX-2"),
-    Vae("EasyAnimate", "AutoencoderKLMagvit", {"EasyAnimateResidualBlock3D": 14, "GroupNorm": 2}, 0.2,
+    Vae("EasyAnimate", "AutoencoderKLMagvit", {"EasyAnimateResidualBlock3D": 14, "GroupNorm": 2}, 0.17,
         _GROUPS | {"latent_channels": 4, "block_out_channels": (8, 12, 16, 16), "layers_per_block": 1},
         {}, "alibaba-pai/EasyAnimateV5.1-12b-zh"),
     Vae("Sana (DC-AE)", "AutoencoderDC", {"RMSNorm": 11, "GLUMBConv": 4}, 0.34,

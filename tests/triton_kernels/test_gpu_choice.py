@@ -32,7 +32,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
         return 9, 0
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
-    monkeypatch.setattr(losses, "measured_on", {})
+    monkeypatch.setattr(losses, "fastest", {})
     monkeypatch.setattr(_config, "architecture", capability)
     monkeypatch.setattr(cuda._extension, "build_info", lambda: {"cuda": {"architectures": ["sm_90a"]}})
     facts = (cuda.device_reason, cuda._torch_depths, triton.why_not_on, triton.without_fp64)
@@ -130,8 +130,8 @@ def test_torch_attends_where_it_is_faster_unless_ours_is_demanded(backend: str, 
 def test_measurements_take_the_place_of_published_figures(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k = (torch.randn(1, n, 1, 128).bfloat16() for n in (3, 600))
     assert all(yields(q, k, k) for yields in ATTENTION.values())
-    monkeypatch.setattr(losses, "is_measured", lambda device: True)
-    monkeypatch.setattr(cuda, "is_measured", lambda device: True)
+    monkeypatch.setattr(losses, "is_measured", lambda device, op: True)
+    monkeypatch.setattr(cuda, "is_measured", lambda device, op: True)
     _config.forget()
     cuda._torch_depths.cache_clear()
     assert not any(yields(q, k, k) for yields in ATTENTION.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,10 @@ def slow_geglu(x: Tensor) -> Tensor:
     return ops.geglu.eager(x)
 
 
+def broken_swiglu(gate: Tensor, x: Tensor) -> Tensor:
+    raise RuntimeError("PassManager::run failed")
+
+
 def one_swiglu(gate: Tensor, x: Tensor) -> Tensor:
     return ops.swiglu.eager(gate, x).index_fill(0, torch.tensor([0]), torch.nan)
 
@@ -68,7 +73,7 @@ def made_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
             kernel("gelu_tanh", "triton", fast_gelu, refuse=lambda x: "it is small" if len(x) < 100 else None),
         ],
         "geglu": [kernel("geglu", "cuda", slow_geglu), kernel("geglu", "triton", wrong_geglu)],
-        "swiglu": [kernel("swiglu", "triton", one_swiglu)],
+        "swiglu": [kernel("swiglu", "cuda", broken_swiglu), kernel("swiglu", "triton", one_swiglu)],
     }
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
     monkeypatch.setattr(backends, "_kernels", registered)
@@ -108,8 +113,13 @@ def test_another_version_is_another_proof(made_up: None, monkeypatch: pytest.Mon
     monkeypatch.setattr(losses, "own_versions", lambda: {"fastdiff": "0", "torch": "0"})
     losses.own.cache_clear()
     assert losses.fastest_on(losses.kind(CPU), "gelu_tanh", "bf16") is None
-    losses.own_file(losses.kind(CPU)).write_text("{cut")
-    losses.own.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["{cut", "{}", "[]", '{"versions": VERSIONS, "fastest": {"gelu_tanh": "cuda"}}'])
+def test_a_file_that_is_none(text: str, made_up: None) -> None:
+    """What another version wrote, or was cut, counts as no proof."""
+    file = losses.own_file(losses.kind(CPU))
+    file.write_text(text.replace("VERSIONS", json.dumps(losses.own_versions())))
     assert losses.fastest_on(losses.kind(CPU), "gelu_tanh", "bf16") is None
 
 

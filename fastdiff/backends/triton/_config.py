@@ -118,8 +118,8 @@ def table(device: torch.device) -> dict[str, Config]:
     except (OSError, ValueError):  # there is none, or it was cut
         tuned = {}
     # An entry of another version of the table could lack a parameter.
-    for key, entry in tuned.items():
-        if entry.keys() == merged.get(key, merged.get(key.partition("/")[0], {})).keys():
+    for key, entry in tuned.items() if isinstance(tuned, dict) else ():
+        if isinstance(entry, dict) and entry.keys() == merged.get(key, merged.get(key.partition("/")[0], {})).keys():
             merged[key] = entry
     return merged
 
@@ -135,7 +135,7 @@ def config(op: str, device: torch.device, bucket: int | str | None = None) -> Co
 def _torch_attention(device: torch.device, which: str) -> tuple[tuple[int, ...], str]:
     known = config("torch_attention", device)
     published = known["source"] == TORCH_ATTENTION_SOURCE
-    return () if published and losses.is_measured(device) else tuple(known[which]), known["source"]
+    return () if published and losses.is_measured(device, "attention") else tuple(known[which]), known["source"]
 
 
 def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:

@@ -108,12 +108,6 @@ def milliseconds(call: Callable[[], Any], repeats: int = 20) -> float:
     return statistics.median(times)
 
 
-def _is_of_the_compiler(error: Exception) -> bool:
-    """Whether a configuration is at fault. A failed pass of the compiler is a RuntimeError, as CUDA's errors are."""
-    names = ("OutOfResources", "PTXASError", "CompilationError")
-    return type(error).__name__ in names or "PassManager" in str(error)
-
-
 def best(task: Task, device: torch.device, measure: Callable[[Callable[[], Any]], float]) -> tuple[Config, float]:
     """The best configuration of a task, and how many times as fast as the shipped one it is.
 
@@ -128,7 +122,7 @@ def best(task: Task, device: torch.device, measure: Callable[[Callable[[], Any]]
         try:
             times.append((measure(task.call), candidate))
         except Exception as error:
-            if not _is_of_the_compiler(error):
+            if not _proof.is_of_the_compiler(error):
                 raise
     if saved is None:
         del table[task.key]

@@ -90,6 +90,7 @@ class AttentionRow:
         mask: (module, mask, image, text, other arguments) -> the mask for attention.
         accepts: names of further arguments that the processor takes; their values matter to ``mask`` only.
         refuse: module -> why the processor does something else with this one, or ``None``.
+        not_now: why it does so at the moment, or ``None``; asked at every call.
         sources: further functions that the processor relies on, for the guard.
     """
 
@@ -106,6 +107,7 @@ class AttentionRow:
     mask: Callable[..., Tensor | None] = plain_mask
     accepts: tuple[str, ...] = ()
     refuse: Callable[[Any], str | None] = lambda attn: None
+    not_now: Callable[[], str | None] = lambda: None
     sources: tuple[str, ...] = ("diffusers.models.embeddings:apply_rotary_emb",)
 
 
@@ -290,7 +292,14 @@ def _norms(attn: Any) -> tuple[Any, ...]:
 
 def why_not(attn: Any) -> str | None:
     """Why the module is not what its processor's row says; it may be changed at any time."""
-    row, norms = row_of(attn), _norms(attn)
+    row = row_of(attn)
+    reason = _why_never(attn, row)
+    return reason if row is None or reason is not None else row.not_now() or why_not_mode()
+
+
+def _why_never(attn: Any, row: AttentionRow | None) -> str | None:
+    """The same as far as it is the module's own doing."""
+    norms = _norms(attn)
     if row is None:
         return f"its processor is {type(attn.processor).__name__}"
     if reason := row.refuse(attn):
@@ -310,7 +319,7 @@ def why_not(attn: Any) -> str | None:
         return "it has a norm of feature maps"
     if getattr(attn, "norm_cross", None):
         return "it normalizes the context"
-    return why_not_mode()
+    return None
 
 
 def attention_block(cls: str, *rows: AttentionRow, function: Callable[..., Any] = joint_attention) -> Block:
@@ -323,7 +332,7 @@ def attention_block(cls: str, *rows: AttentionRow, function: Callable[..., Any] 
     own = list(dict.fromkeys(source for row in rows for source in (f"{row.processor}.__call__", *row.sources)))
 
     def refuse(module: Any) -> str | None:
-        return why_not(module) or why_not_kinds(*_norms(module))
+        return _why_never(module, row_of(module)) or why_not_kinds(*_norms(module))
 
     processors = {row.processor for row in rows}
     return Block(

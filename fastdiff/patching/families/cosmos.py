@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
 from fastdiff.patching.blocks import activated_once
-from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded
+from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded, left_row
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import LEGACY, OURS, AttentionRow, attention_block
 from fastdiff.patching.blocks.token_norms import modulated
@@ -73,7 +73,7 @@ def cosmos_block(
     h, gate = self.norm3(x, embedded_timestep, temb)
     x = gated(site, "feed-forward gate", self.ff(h), gate, x)
     if controlnet_residual is not None:
-        x = x + controlnet_residual
+        x = (x + controlnet_residual).to(x.dtype)
     return x if self.after_proj is None else (x, self.after_proj(x))
 
 
@@ -93,7 +93,7 @@ def example(model: Any) -> dict[str, Any]:
     return found
 
 
-def _why_another_backend(attn: Any) -> str | None:
+def _why_another_backend() -> str | None:
     return None if _AttentionBackendRegistry._active_backend in OURS else "another attention backend is active"
 
 
@@ -107,9 +107,10 @@ COSMOS = Family(
             LEGACY,
             AttentionRow(
                 processor=f"{_FILE}:CosmosAttnProcessor2_0", rope="image_rotary_emb", interleaved=False,
-                refuse=_why_another_backend,
+                not_now=_why_another_backend,
             ),
         ),
+        left_row(f"{_FILE}:CosmosAttention", "attention", "it also attends to a picture's context"),
         GELU_TANH,
     ),
     example=example,

@@ -166,6 +166,6 @@ FLUX2 = Family(
     example=example,
     switches=(
         FLUX2_TABLES,
-        replacing(f"{_FILE}:Flux2Modulation", modulation, "SiLU of the time embedding once instead of 4 times"),
+        replacing(f"{_FILE}:Flux2Modulation", modulation, "SiLU of the time embedding once instead of {count} times"),
     ),
 )  # fmt: skip

@@ -36,9 +36,14 @@ _LINEAR_ATTENTION = "diffusers.models.attention_processor:SanaMultiscaleLinearAt
 
 
 def ltx_resnet(
-    self: Any, inputs: Tensor, temb: Tensor | None = None, generator: torch.Generator | None = None, **causal: bool
+    self: Any,
+    inputs: Tensor,
+    temb: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *causal: bool,
+    **named: bool,
 ) -> Tensor:
-    """Replaces ``LTXVideoResnetBlock3d.forward``, and that of LTX-2, whose convolutions may be told to be causal."""
+    """Replaces ``LTXVideoResnetBlock3d.forward``, and that of LTX-2, whose convolutions may be ``causal``."""
     site, norms = self._fastdiff_site, (self.norm1, self.norm2)
     reason = why_stock(inputs) or next(filter(None, (_why_not_norm(norm, inputs) for norm in norms)), None)
     if not is_plain(self.nonlinearity, nn.SiLU):
@@ -46,15 +51,15 @@ def ltx_resnet(
     elif temb is None and self.scale_shift_table is not None:
         reason = "no time embedding"
     if reason is not None:
-        return site.stock(reason, self, inputs, temb, generator, **causal)
+        return site.stock(reason, self, inputs, temb, generator, *causal, **named)
     shift1 = scale1 = shift2 = scale2 = None
     if temb is not None and self.scale_shift_table is not None:
         temb = temb.unflatten(1, (4, -1)) + self.scale_shift_table[None, ..., None, None, None]
         shift1, scale1, shift2, scale2 = temb.unbind(dim=1)
-    h = self.conv1(_activated(site, "norm1", self.norm1, inputs, scale1, shift1), **causal)
+    h = self.conv1(_activated(site, "norm1", self.norm1, inputs, scale1, shift1), *causal, **named)
     h = _noisy(h, self.per_channel_scale1, generator)
     h = _activated(site, "norm2", self.norm2, h, scale2, shift2)
-    h = _noisy(self.conv2(drop(self.dropout, h), **causal), self.per_channel_scale2, generator)
+    h = _noisy(self.conv2(drop(self.dropout, h), *causal, **named), self.per_channel_scale2, generator)
     if self.norm3 is not None:
         inputs = self.norm3(inputs.movedim(1, -1)).movedim(-1, 1)
     if self.conv_shortcut is not None:
@@ -127,14 +132,17 @@ MAGVIT_RESNET = Block(
 )
 
 
+#: A smaller one has no finite gradient at 0; this one matters to vectors shorter than 1e-7 only.
+MOCHI_EPS = 1e-24
+
+
 def causal_attention(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None, **kwargs: Any
 ) -> Tensor:
     """Replaces ``Attention.forward`` in Mochi's VAE: every place attends to itself in its own and earlier frames, with
     queries and keys of length 1.
 
-    These are what an RMSNorm gives, divided by sqrt(D), and the division is part of the scale. The epsilons differ for
-    vectors shorter than 1e-12 only.
+    These are what an RMSNorm gives, divided by sqrt(D), and the division is part of the scale.
     """
     site = self._fastdiff_site
     reason = why_stock(hidden_states) or _why_not_causal(self) or why_not_mode()
@@ -145,7 +153,7 @@ def causal_attention(
     if reason is not None:
         return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
     query, key, value = (heads_of(self, layer(hidden_states)) for layer in (self.to_q, self.to_k, self.to_v))
-    query, key = site.serve("norm", qk_norm_rope, query, key, eps=1e-30)
+    query, key = site.serve("norm", qk_norm_rope, query, key, eps=MOCHI_EPS)
     scale = query.shape[-1] ** -1.5
     h, _ = site.serve("attention", attention, query, key, value, scale=scale, is_causal=self.is_causal)
     h = drop(self.to_out[1], self.to_out[0](h.flatten(2)))
