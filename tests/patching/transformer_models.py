@@ -419,7 +419,7 @@ TRANSFORMERS = [
 
 #: Those whose blocks are replaced by another family's functions, and what these are tested for there is not repeated.
 _KIN = {
-    "ChronoEdit", "SkyReels V2", "HunyuanVideo FramePack", "HunyuanImage 2.1", "LTX-2.3", "Qwen-Image ControlNet",
+    "ChronoEdit", "SkyReels V2 DF", "HunyuanVideo FramePack", "HunyuanImage 2.1", "LTX-2.3", "Qwen-Image ControlNet",
     "Sana ControlNet", "LongCat-Image", "ConsisID",
 }  # fmt: skip
 #: All others; with ``FASTDIFF_TEST_ALL=1`` all.
