@@ -20,7 +20,7 @@ import memory
 import model_cases
 import pytest
 import torch
-from _results import Row, Timing, load, rows_of, save
+from _results import Row, Timing, load, rows_here, rows_of, save
 from benchmark_scripts import script
 
 from fastdiff.backends import kernels_of, losses
@@ -71,9 +71,34 @@ def test_gpu_summary_counts(tmp_path: Path) -> None:
     eager = Timing("eager", 1, 1, 1, 1, 9)
     rows = [Row("a", "bf16", "stock", [eager, Timing("fastdiff cuda", 0.5, 2, 2, 2, 9)], target=3),
             Row("b", "bf16", "stock", [eager, Timing("fastdiff cuda", 2, 0.5, 0.5, 0.5, 9)])]  # fmt: skip
-    save("kernels", rows, tmp_path / "r.json", {"kind": "k"})
-    table = gpu.summary(load(tmp_path / "r.json"), {"tests": "ok"})
+    path, here = tmp_path / "r.json", dict.fromkeys(("source", "kind", "cpu", "gpu", "threads", "torch"), "this")
+    save("kernels", rows, path, here)
+    for change in ("source", "torch"):  # rows of another run, which was much faster
+        save("kernels", [Row(change, "bf16", "stock", [eager, Timing("fastdiff", 0.1, 10, 10, 10, 9)])], path,
+             here | {change: "other"})  # fmt: skip
+    sections, others = rows_here(path, here)
+    assert others == 2
+    table = gpu.summary(sections, {"tests": "ok"})
     assert [next(iter(column.cells)) for column in table.columns] == ["kernels", "2", "1.25", "0.50", "1", "0 of 1"]
+
+
+def test_gpu_targets_are_judged_by_what_was_measured() -> None:
+    eager, ours = ({"provider": name, "median_ms": 1.0, "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}
+                   for name, ratio in (("eager", 1.0), ("fastdiff", 2.0)))  # fmt: skip
+
+    def kernel(target: float, *timings: dict[str, Any]) -> dict[str, Any]:
+        return {"name": "a", "timings": [eager, *timings], "target": target, "extra": {}}
+
+    def last(*rows: dict[str, Any]) -> str:
+        table = gpu.targets({"kernels": list(rows)}, "cpu")
+        return next(reversed(list(table.columns[-1].cells)))
+
+    assert last(kernel(1.5, ours), kernel(1.5)) == "[green]reached[/]: 1 of 1, 1 not measured"
+    assert last(kernel(3.0, ours), kernel(3.0)) == "[red]missed[/]: 0 of 1, 1 not measured"
+    assert last(kernel(1.5, ours), kernel(1.5, ours)) == "[green]reached[/]: 2 of 2"
+    assert last(kernel(1.5)) == "[yellow]not measured[/]: 0 of 0, 1 not measured"
+    (aims,) = gpu.summary({"kernels": [kernel(1.5, ours), kernel(1.5)]}, {}).columns[-1].cells
+    assert aims == "1 of 1, 1 not measured"
 
 
 @pytest.fixture
@@ -162,9 +187,14 @@ def test_the_command_on_a_made_up_gpu(
                   "seconds of new size", "tests: ok", "bench report"):  # fmt: skip
         assert words in said, words
     assert said.index("Flux-dev") < said.index("tests: ok") < said.index("bench report")
+    assert "not counted here" not in said
     done = len(made_up_gpu)
     assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0 and len(made_up_gpu) == done
     assert "measured before" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "environment", lambda device: _results.environment(device) | {"source": "later"})
+    monkeypatch.setattr(gpu, "run_process", lambda arguments, timeout_s: 0)
+    assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0
+    assert "9 row(s) of other code" in capsys.readouterr().out
 
 
 def test_the_command_is_cut(made_up_gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
