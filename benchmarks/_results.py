@@ -199,11 +199,12 @@ def measured_keys(path: Path, section: str, where: dict[str, Any], providers: It
     Args:
         providers: a row without one of these, or the reason why it is left out, is not done.
     """
-    return {
-        key_of(row)
-        for row in rows_here(path, where)[0].get(section, ())
-        if {t["provider"] for t in row["timings"]} | row["extra"].get("left_out", {}).keys() >= set(providers)
-    }
+
+    def has(row: dict[str, Any]) -> set[str]:
+        extra = row["extra"]
+        return {t["provider"] for t in row["timings"]}.union(extra.get("bytes", ()), extra.get("left_out", ()))
+
+    return {key_of(row) for row in rows_here(path, where)[0].get(section, ()) if has(row) >= set(providers)}
 
 
 def result_file(name: str | None, device: str = "cpu") -> Path:

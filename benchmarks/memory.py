@@ -21,7 +21,7 @@ import torch
 from _children import ChildFailed, patch_options, run_child
 from _harness import DTYPES
 from _results import Row
-from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
+from _runner import Job, Store, add_options, patched_sides, prepare, run_section, wanted
 from model_cases import cases, compiled_parts, named, parts_of
 from rich.table import Table
 
@@ -156,7 +156,7 @@ def main() -> int:
         for case in selected
         for dtype in options.dtypes
     ]
-    return run_section("memory", jobs, options, show)
+    return run_section(Store("memory", options, options.sides), jobs, options, show)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ import torch
 from _results import Row, Timing, load, rows_here, rows_of, save
 from benchmark_scripts import script
 
-from fastdiff.backends import kernels_of, losses
+from fastdiff import ops
+from fastdiff.backends import Kernel, kernels_of, losses
 
 
 def _run_gpu(budget: float, took: Callable[[Sequence[str], float], float], codes: dict[str, int]) -> Any:
@@ -110,6 +111,9 @@ def made_up_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(_runner, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_00" if device.type == "cuda" else "cpu")
+    asked = Kernel("geglu", "cpu", ops.geglu.eager, lambda x: None, on_request=True)
+    monkeypatch.setattr(_runner, "kernels_of", lambda op: (asked,))  # its backend, until something is measured
+    monkeypatch.setattr(losses, "fastest", {})
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     monkeypatch.setattr(_results, "RESULTS", tmp_path)
     monkeypatch.setattr(_harness, "copy_bandwidth", lambda device: 1e9)
@@ -178,9 +182,7 @@ def test_the_command_on_a_made_up_gpu(
         "kernels": 6, "models": 1, "cold start": 1, "memory": 1,  # kernels in three dtypes
     }  # fmt: skip
     (model,) = rows_of(sections["models"])
-    sides = ["fastdiff", "fastdiff, CUDA graphs"]
-    if losses.kind(torch.device("cuda")) not in losses.fastest:
-        sides = script("models").patched_sides("cuda")
+    sides = ["fastdiff cpu", "fastdiff cpu, CUDA graphs"]
     assert [t["provider"] for t in model["timings"]] == ["eager", *sides, "torch.compile", "torch.compile max-autotune"]
     assert model["extra"]["wrong"] == [] and model["environment"]["gpu"] == "Made Up 1" and model["dtype"] == "bf16"
     for words in ("SD1.5 U-Net 512x512 batch 2", "speed over torch.compile", "Flux-dev 1024x1024", "not measured",
@@ -191,6 +193,16 @@ def test_the_command_on_a_made_up_gpu(
     done = len(made_up_gpu)
     assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0 and len(made_up_gpu) == done
     assert "measured before" in capsys.readouterr().out
+    # The table of measurements now has this GPU, so a plain patch gives other kernels: that was not measured.
+    fastest = {"cuda sm_00": {"geglu": {"bf16": "triton"}}}
+    monkeypatch.setattr(losses, "fastest", fastest)
+    changed = ["fastdiff", "fastdiff, CUDA graphs"]
+    assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0
+    sections = load(tmp_path / "made-up-1.json")
+    assert {t["provider"] for t in sections["models"]["rows"][0]["timings"]} >= {"torch.compile", *changed}
+    assert {t["provider"] for t in sections["cold start"]["rows"][0]["timings"]} >= {"torch.compile", *changed}
+    assert sections["memory"]["rows"][0]["extra"]["bytes"].keys() == {"eager", *changed}
+    assert not any(again.startswith("kernels.py") for again in made_up_gpu[done:])
     monkeypatch.setattr(gpu, "environment", lambda device: _results.environment(device) | {"source": "later"})
     monkeypatch.setattr(gpu, "run_process", lambda arguments, timeout_s: 0)
     assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0
