@@ -125,8 +125,8 @@ def check_run_options(options: argparse.Namespace) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = True,
-                devices: Sequence[str] = ("cpu", "cuda")) -> None:  # fmt: skip
-    """The options that all measurements have."""
+                devices: Sequence[str] = ("cpu", "cuda"), allocator: bool = True) -> None:  # fmt: skip
+    """The options that all measurements have; ``--tuned-allocator`` only where ``allocator`` is true."""
     add_run_options(parser)
     parser.add_argument("--device", default=devices[0], choices=devices)
     if dtypes:
@@ -136,9 +136,10 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = 
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds at most, of kernels and models "
                         f"fewer where they would take over {QUICK_ROW_S:g} s")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: %(default)s; None is torch's)")
-    parser.add_argument("--tuned-allocator", action="store_true", help="call fastdiff.tune_cpu_allocator() first")
+    if allocator:
+        parser.add_argument("--tuned-allocator", action="store_true", help="call fastdiff.tune_cpu_allocator() first")
     parser.add_argument("--device-name", default=None, help="name of the result file (default: made from the device)")
-    parser.set_defaults(default_rounds=rounds)
+    parser.set_defaults(default_rounds=rounds, **({} if allocator else {"tuned_allocator": False}))
 
 
 def prepare(options: argparse.Namespace) -> None:

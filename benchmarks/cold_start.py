@@ -172,7 +172,7 @@ def main() -> int:
 
     from _runner import Job, Store, add_options, patched_sides, prepare, run_section, wanted
 
-    add_options(parser, rounds=5)
+    add_options(parser, rounds=5, allocator=False)  # raising it would import fastdiff on all sides
     sizes.add_argument("--sides", nargs="+", default=None, metavar="SIDE",
                        help='eager, fastdiff, "fastdiff triton", "fastdiff cuda", torch.compile')  # fmt: skip
     options = parser.parse_args()

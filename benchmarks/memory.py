@@ -143,11 +143,11 @@ def main() -> int:
     add_options(parser, rounds=3)
     parser.add_argument("--sides", nargs="+", default=None, help='e.g. eager "fastdiff triton" torch.compile')
     options = parser.parse_args()
+    if options.device == "cuda":
+        options.default_rounds = 1  # the allocator's count does not vary
     prepare(options)
     packed = ["fastdiff, packed weights"] if options.device == "cpu" else []
     options.sides = options.sides or ["eager", *patched_sides(options.device), *packed]
-    if options.device == "cuda":
-        options.rounds = 1  # the allocator's count does not vary
     selected = [c for c in cases() if wanted(c.name, options)]
     if options.device == "cpu" and not options.filter:
         selected = [c for c in selected if c.on_cpu]
