@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -83,3 +84,19 @@ def test_table_is_up_to_date(
     monkeypatch.delitem(sys.modules, "pipelines")
     (row,) = [row for row in TABLE["rows"] if pipelines.name_of(row) == request.node.callspec.id]
     assert getattr(pipelines, count)(model) == row
+
+
+#: What Diffusers' tests of a model are called, where that is not the name of its module.
+_TESTED_AS = {"auraflow": "aura_flow", "hunyuan": "hunyuan_dit", "controlnet_hunyuan": "controlnet_hunyuandit",
+              "hunyuan_video15": "hunyuan_1_5", "hunyuanimage": "hunyuan_image_21", "pixart": "pixart_transformer2d",
+              "dit": "dit_transformer2d", "controlnet_qwenimage": "qwenimage", "controlnet_sana": "sana"}  # fmt: skip
+
+
+def test_diffusers_tests_of_all_transformers_are_run() -> None:
+    """``make diffusers-tests`` names them."""
+    listed = (BENCHMARKS.parent / "Makefile").read_text().split("DIFFUSERS_KNOWN :=")[1].split("DIFFUSERS_TESTS")[0]
+    words = set(re.findall(r"\w+", listed))
+    for case in TRANSFORMERS:
+        module = case.cls.__module__.rpartition(".")[2].removeprefix("transformer_")
+        name = re.sub(r"_transformer(_\dd)?$", "", module)
+        assert _TESTED_AS.get(name, name) in words, case.name
