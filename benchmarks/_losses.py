@@ -7,7 +7,10 @@ in every row of the bucket, with the stock allocator. Rows without features, or 
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from typing import Any
+
+from layer_cases import cases, gpu_cases
 
 from fastdiff.backends import losses
 
@@ -60,12 +63,19 @@ def _fastest(
 ) -> losses.Fastest:
     """By kind of device, op and dtype, the backend with the best geometric mean of its ratios to eager, or ``"eager"``.
 
+    An op of which less than half of the cases are there in a dtype, as after a run for some names or one that was cut,
+    is left undecided: one size must not choose for all.
+
     Args:
         ratios: of every row, by backend; a backend that is not in a row did not take it, and eager serves that.
         wrong: (kind, op, backend) that gave a wrong result somewhere, which are never chosen, in whatever dtype.
     """
+    on_gpu = Counter(case.op for case in gpu_cases())
+    on_cpu = Counter(case.op for case in cases() if case.fits_cpu())
     found: losses.Fastest = {}
     for (kind, op, dtype), rows in sorted(ratios.items(), key=lambda entry: entry[0]):
+        if 2 * len(rows) < (on_gpu if kind.startswith("cuda") else on_cpu)[op]:
+            continue
         backends = sorted({b for row in rows for b in row if (kind, op, b) not in wrong})
         means = {b: statistics.geometric_mean(row.get(b, 1.0) for row in rows) for b in backends}
         if means:

@@ -181,20 +181,30 @@ def _numbered(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"environments": environments, "rows": numbered}
 
 
+def rows_here(path: Path, where: dict[str, Any]) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """By section, the rows that this code has measured, on this device and with this torch; and how many others are."""
+    same = ("source", "kind", "cpu", "gpu", "threads", "torch")
+    found: dict[str, list[dict[str, Any]]] = {}
+    others = 0
+    for section, body in load(path).items():
+        rows = rows_of(body)
+        found[section] = [row for row in rows if all(row["environment"].get(k) == where[k] for k in same)]
+        others += len(rows) - len(found[section])
+    return found, others
+
+
 def measured_keys(path: Path, section: str, where: dict[str, Any], providers: Iterable[str] = ()) -> set[RowKey]:
-    """The rows of a section that this code has measured already, on this device and with this torch.
+    """The rows of a section that need no measuring: see :func:`rows_here`.
 
     Args:
         providers: a row without one of these, or the reason why it is left out, is not done.
     """
-    same = ("source", "kind", "cpu", "gpu", "threads", "torch")
-    rows = rows_of(load(path).get(section, {"environments": [], "rows": []}))
-    return {
-        key_of(row)
-        for row in rows
-        if all(row["environment"].get(k) == where[k] for k in same)
-        and {t["provider"] for t in row["timings"]} | row["extra"].get("left_out", {}).keys() >= set(providers)
-    }
+
+    def has(row: dict[str, Any]) -> set[str]:
+        extra = row["extra"]
+        return {t["provider"] for t in row["timings"]}.union(extra.get("bytes", ()), extra.get("left_out", ()))
+
+    return {key_of(row) for row in rows_here(path, where)[0].get(section, ()) if has(row) >= set(providers)}
 
 
 def result_file(name: str | None, device: str = "cpu") -> Path:

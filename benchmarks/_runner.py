@@ -125,8 +125,8 @@ def check_run_options(options: argparse.Namespace) -> None:
 
 
 def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = True,
-                devices: Sequence[str] = ("cpu", "cuda")) -> None:  # fmt: skip
-    """The options that all measurements have."""
+                devices: Sequence[str] = ("cpu", "cuda"), allocator: bool = True) -> None:  # fmt: skip
+    """The options that all measurements have; ``--tuned-allocator`` only where ``allocator`` is true."""
     add_run_options(parser)
     parser.add_argument("--device", default=devices[0], choices=devices)
     if dtypes:
@@ -136,9 +136,10 @@ def add_options(parser: argparse.ArgumentParser, *, rounds: int, dtypes: bool = 
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds at most, of kernels and models "
                         f"fewer where they would take over {QUICK_ROW_S:g} s")  # fmt: skip
     parser.add_argument("--threads", type=int, default=None, help="of the CPU (default: %(default)s; None is torch's)")
-    parser.add_argument("--tuned-allocator", action="store_true", help="call fastdiff.tune_cpu_allocator() first")
+    if allocator:
+        parser.add_argument("--tuned-allocator", action="store_true", help="call fastdiff.tune_cpu_allocator() first")
     parser.add_argument("--device-name", default=None, help="name of the result file (default: made from the device)")
-    parser.set_defaults(default_rounds=rounds)
+    parser.set_defaults(default_rounds=rounds, **({} if allocator else {"tuned_allocator": False}))
 
 
 def prepare(options: argparse.Namespace) -> None:
@@ -167,13 +168,13 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def patched_sides(device: str) -> list[str]:
-    """Our sides of a whole model: what ``patch`` gives, or on a GPU that the table of measurements lacks, each backend.
+    """Our sides of a whole model: what ``patch`` gives, or where no GPU kernel is measured yet, each backend.
 
     ``"fastdiff"`` is ``fastdiff.patch(model)``, ``"fastdiff cuda"`` is ``fastdiff.patch(model, backend="cuda")``; each
     on a GPU also with CUDA graphs.
     """
     sides = ["fastdiff"]
-    if device == "cuda" and losses.kind(torch.device(device)) not in losses.fastest:
+    if device == "cuda" and not any(losses.is_proven(losses.kind(torch.device(device)), op) for op in OPS):
         asked = {k.backend for op in OPS for k in kernels_of(op) if k.on_request}
         sides = [f"fastdiff {backend}" for backend in BACKENDS if backend in asked] or sides
     return [*sides, *(f"{side}, CUDA graphs" for side in sides if device == "cuda")]
@@ -185,13 +186,18 @@ def wanted(name: str, options: argparse.Namespace) -> bool:
 
 
 class Store:
-    """A section of a result file: what it has, what is kept in it, and how rows compare with another file's."""
+    """A section of a result file: what it has, what is kept in it, and how rows compare with another file's.
 
-    def __init__(self, section: str, options: argparse.Namespace) -> None:
+    Args:
+        sides: what a row must have, or say why not, to be done. The choice of kernels, and with it our sides, changes
+            with what was measured, which is no source.
+    """
+
+    def __init__(self, section: str, options: argparse.Namespace, sides: Sequence[str] = ()) -> None:
         self.section = section
         self.path = result_file(options.device_name, options.device)
         self.where = environment(options.device)
-        self.asked = ("torch.compile",) if getattr(options, "compile", False) else ()
+        self.asked = (*sides, *(("torch.compile",) if getattr(options, "compile", False) else ()))
 
     def done(self) -> set[RowKey]:
         """What need not be measured again."""

@@ -170,9 +170,9 @@ def main() -> int:
 
     from functools import partial
 
-    from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
+    from _runner import Job, Store, add_options, patched_sides, prepare, run_section, wanted
 
-    add_options(parser, rounds=5)
+    add_options(parser, rounds=5, allocator=False)  # raising it would import fastdiff on all sides
     sizes.add_argument("--sides", nargs="+", default=None, metavar="SIDE",
                        help='eager, fastdiff, "fastdiff triton", "fastdiff cuda", torch.compile')  # fmt: skip
     options = parser.parse_args()
@@ -189,7 +189,7 @@ def main() -> int:
         for dtype in options.dtypes
         if wanted(name_of(options), options)
     ]
-    return run_section("cold start", jobs, options, show)
+    return run_section(Store("cold start", options, options.sides), jobs, options, show)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import cold_start
 import model_cases
 import torch
-from _results import load, result_file, rows_of
+from _results import environment, result_file, rows_here
 from _tables import best_of
 from _targets import Verdict, verdicts
 from rich.console import Console
@@ -74,6 +74,8 @@ PHASES = (
     Phase("kernels, compiled", 1.0, ("kernels.py", "--quick", "--compile")),
 )
 
+#: Rows with their environments, by section.
+Sections = dict[str, list[dict[str, Any]]]
 Run = Callable[[Sequence[str], float], "int | None"]
 
 
@@ -128,39 +130,44 @@ def run_phases(
     return became
 
 
-def summary(sections: dict[str, Any], became: dict[str, str]) -> Table:
+def _of_measured(found: Sequence[Verdict]) -> str:
+    """How many of the targets that were measured are reached, and how many were not measured."""
+    known = [v for v in found if v.reached is not None]
+    absent = f", {len(found) - len(known)} not measured" if len(known) < len(found) else ""
+    return f"{sum(v.met for v in known)} of {len(known)}{absent}"
+
+
+def summary(sections: Sections, became: dict[str, str]) -> Table:
     """The phases, and per section how ours did."""
     table = Table(title=", ".join(f"{name}: {what}" for name, what in became.items()))
     for column in ("section", "rows", "speed-up: median", "worst", "losses", "targets reached"):
         table.add_column(column, justify="left" if column == "section" else "right")
-    for name, body in sections.items():
-        rows = rows_of(body)
+    for name, rows in sections.items():
         ratios = [best["ratio"] for row in rows if (best := best_of(row))]
         aims = [verdict for row in rows for verdict in verdicts(row)]
         table.add_row(
             name, str(len(rows)),
             f"{statistics.median(ratios):.2f}" if ratios else "", f"{min(ratios):.2f}" if ratios else "",
             str(sum(r < 1 for r in ratios)) if ratios else "",
-            f"{sum(v.met for v in aims)} of {len(aims)}" if aims else "",
+            _of_measured(aims) if aims else "",
         )  # fmt: skip
     return table
 
 
-def _rows_with_targets(sections: dict[str, Any], device: str) -> list[dict[str, Any]]:
+def _rows_with_targets(sections: Sections, device: str) -> list[dict[str, Any]]:
     """Of models and cold start, those that were not measured among them."""
-    measured = {name: rows_of(sections[name]) if name in sections else [] for name in ("models", "cold start")}
     here = "cuda" if device == "cuda" else "fp32"
     rows = []
     for case in model_cases.cases():
-        of_case = [row for row in measured["models"] if row["name"] == case.name]
+        of_case = [row for row in sections.get("models", ()) if row["name"] == case.name]
         absent = {"name": case.name, "timings": [], "target": case.target(device, here),
                   "extra": {"targets": case.further_targets(device)}}  # fmt: skip
         rows += of_case or [absent]
     started = {"name": "cold start", "timings": [], "extra": {"targets": cold_start.gpu_targets(device)}}
-    return [*rows, *(measured["cold start"] or [started])]
+    return [*rows, *(sections.get("cold start") or [started])]
 
 
-def targets(sections: dict[str, Any], device: str) -> Table:
+def targets(sections: Sections, device: str) -> Table:
     """What is to be reached, and whether it is: models and cold start one by one, kernels by what they are held to."""
     table = Table(title="targets")
     for column in ("of", "side", "what", "target", "reached", "verdict"):
@@ -170,13 +177,14 @@ def targets(sections: dict[str, Any], device: str) -> Table:
             reached = "" if v.reached is None else f"{v.reached:.2f}"
             table.add_row(row["name"], v.of, v.what, f"{v.value:g}", reached, f"[{COLORS[v.said]}]{v.said}[/]")
     grouped: dict[tuple[str, str, float], list[Verdict]] = {}
-    for row in rows_of(sections["kernels"]) if "kernels" in sections else ():
+    for row in sections.get("kernels", ()):
         for v in verdicts(row):
             grouped.setdefault((v.of, v.what, v.value), []).append(v)
     for (of, what, value), found in sorted(grouped.items()):
         known = [v.reached for v in found if v.reached is not None]
-        said = "not measured" if not known else "reached" if all(v.met for v in found) else "missed"
-        counts = f"[{COLORS[said]}]{said}[/]: {sum(v.met for v in found)} of {len(found)} kernels"
+        missed = any(v.said == "missed" for v in found)
+        said = "not measured" if not known else "missed" if missed else "reached"
+        counts = f"[{COLORS[said]}]{said}[/]: {_of_measured(found)}"
         # The least is the worst: what kernels are held to are speeds and shares.
         table.add_row("kernels", of, what, f"{value:g}", f"{min(known):.2f} at worst" if known else "", counts)
     return table
@@ -192,9 +200,12 @@ def main() -> int:
         print("bench gpu: torch sees no CUDA GPU", file=sys.stderr)
         return 2
     became = run_phases(options.budget, options.device, run=run_process)
-    console, sections = Console(width=140), load(result_file(None, options.device))
+    console = Console(width=140)
+    sections, others = rows_here(result_file(None, options.device), environment(options.device))
     console.print(targets(sections, options.device))
     console.print(summary(sections, became))
+    if others:
+        console.print(f"{others} row(s) of other code, torch or machine are in the file, not counted here")
     if {"cut", "no time"} & set(became.values()):
         console.print("the time was over before the end: run it again, it goes on with the rows that are missing")
     console.print("python -m fastdiff bench report brings the results into the pages and the choice of kernels")

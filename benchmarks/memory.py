@@ -21,7 +21,7 @@ import torch
 from _children import ChildFailed, patch_options, run_child
 from _harness import DTYPES
 from _results import Row
-from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
+from _runner import Job, Store, add_options, patched_sides, prepare, run_section, wanted
 from model_cases import cases, compiled_parts, named, parts_of
 from rich.table import Table
 
@@ -143,11 +143,11 @@ def main() -> int:
     add_options(parser, rounds=3)
     parser.add_argument("--sides", nargs="+", default=None, help='e.g. eager "fastdiff triton" torch.compile')
     options = parser.parse_args()
+    if options.device == "cuda":
+        options.default_rounds = 1  # the allocator's count does not vary
     prepare(options)
     packed = ["fastdiff, packed weights"] if options.device == "cpu" else []
     options.sides = options.sides or ["eager", *patched_sides(options.device), *packed]
-    if options.device == "cuda":
-        options.rounds = 1  # the allocator's count does not vary
     selected = [c for c in cases() if wanted(c.name, options)]
     if options.device == "cpu" and not options.filter:
         selected = [c for c in selected if c.on_cpu]
@@ -156,7 +156,7 @@ def main() -> int:
         for case in selected
         for dtype in options.dtypes
     ]
-    return run_section("memory", jobs, options, show)
+    return run_section(Store("memory", options, options.sides), jobs, options, show)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from _children import patch_options
 from _harness import DTYPES, MODEL_SAMPLES, Rates, compare
 from _results import Row
-from _runner import Job, add_options, patched_sides, prepare, run_section, wanted
+from _runner import Job, Store, add_options, patched_sides, prepare, run_section, wanted
 from _targets import text, verdicts
 from model_cases import ModelCase, cases, compiled_parts, parts_of
 from rich.table import Table
@@ -166,7 +166,7 @@ def main() -> int:
         for dtype in options.dtypes
     ]
     with torch.no_grad():
-        return run_section("models", jobs, options, show)
+        return run_section(Store("models", options, patched_sides(options.device)), jobs, options, show)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from fastdiff.patching.families import example_of
 
 ROOT = Path(__file__).parent.parent
 RESULTS = FOLDER / "pipelines.json"
-sys.path.insert(0, str(ROOT / "tests" / "patching"))
+sys.path[:0] = [str(ROOT / "tests" / "patching"), str(ROOT / "tests")]
 
 from fakes import fake_tensors  # noqa: E402
 from published import PLAIN, Plain  # noqa: E402

@@ -20,10 +20,11 @@ import memory
 import model_cases
 import pytest
 import torch
-from _results import Row, Timing, load, rows_of, save
+from _results import Row, Timing, load, rows_here, rows_of, save
 from benchmark_scripts import script
 
-from fastdiff.backends import kernels_of, losses
+from fastdiff import ops
+from fastdiff.backends import Kernel, kernels_of, losses
 
 
 def _run_gpu(budget: float, took: Callable[[Sequence[str], float], float], codes: dict[str, int]) -> Any:
@@ -71,9 +72,34 @@ def test_gpu_summary_counts(tmp_path: Path) -> None:
     eager = Timing("eager", 1, 1, 1, 1, 9)
     rows = [Row("a", "bf16", "stock", [eager, Timing("fastdiff cuda", 0.5, 2, 2, 2, 9)], target=3),
             Row("b", "bf16", "stock", [eager, Timing("fastdiff cuda", 2, 0.5, 0.5, 0.5, 9)])]  # fmt: skip
-    save("kernels", rows, tmp_path / "r.json", {"kind": "k"})
-    table = gpu.summary(load(tmp_path / "r.json"), {"tests": "ok"})
+    path, here = tmp_path / "r.json", dict.fromkeys(("source", "kind", "cpu", "gpu", "threads", "torch"), "this")
+    save("kernels", rows, path, here)
+    for change in ("source", "torch"):  # rows of another run, which was much faster
+        save("kernels", [Row(change, "bf16", "stock", [eager, Timing("fastdiff", 0.1, 10, 10, 10, 9)])], path,
+             here | {change: "other"})  # fmt: skip
+    sections, others = rows_here(path, here)
+    assert others == 2
+    table = gpu.summary(sections, {"tests": "ok"})
     assert [next(iter(column.cells)) for column in table.columns] == ["kernels", "2", "1.25", "0.50", "1", "0 of 1"]
+
+
+def test_gpu_targets_are_judged_by_what_was_measured() -> None:
+    eager, ours = ({"provider": name, "median_ms": 1.0, "ratio": ratio, "ratio_low": ratio, "ratio_high": ratio}
+                   for name, ratio in (("eager", 1.0), ("fastdiff", 2.0)))  # fmt: skip
+
+    def kernel(target: float, *timings: dict[str, Any]) -> dict[str, Any]:
+        return {"name": "a", "timings": [eager, *timings], "target": target, "extra": {}}
+
+    def last(*rows: dict[str, Any]) -> str:
+        table = gpu.targets({"kernels": list(rows)}, "cpu")
+        return next(reversed(list(table.columns[-1].cells)))
+
+    assert last(kernel(1.5, ours), kernel(1.5)) == "[green]reached[/]: 1 of 1, 1 not measured"
+    assert last(kernel(3.0, ours), kernel(3.0)) == "[red]missed[/]: 0 of 1, 1 not measured"
+    assert last(kernel(1.5, ours), kernel(1.5, ours)) == "[green]reached[/]: 2 of 2"
+    assert last(kernel(1.5)) == "[yellow]not measured[/]: 0 of 0, 1 not measured"
+    (aims,) = gpu.summary({"kernels": [kernel(1.5, ours), kernel(1.5)]}, {}).columns[-1].cells
+    assert aims == "1 of 1, 1 not measured"
 
 
 @pytest.fixture
@@ -85,6 +111,9 @@ def made_up_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(_runner, "QUICK_ROUNDS", 2)
     monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_00" if device.type == "cuda" else "cpu")
+    asked = Kernel("geglu", "cpu", ops.geglu.eager, lambda x: None, on_request=True)
+    monkeypatch.setattr(_runner, "kernels_of", lambda op: (asked,))  # its backend, until something is measured
+    monkeypatch.setattr(losses, "fastest", {})
     monkeypatch.setattr(torch, "compile", lambda call, **options: call)
     monkeypatch.setattr(_results, "RESULTS", tmp_path)
     monkeypatch.setattr(_harness, "copy_bandwidth", lambda device: 1e9)
@@ -153,18 +182,31 @@ def test_the_command_on_a_made_up_gpu(
         "kernels": 6, "models": 1, "cold start": 1, "memory": 1,  # kernels in three dtypes
     }  # fmt: skip
     (model,) = rows_of(sections["models"])
-    sides = ["fastdiff", "fastdiff, CUDA graphs"]
-    if losses.kind(torch.device("cuda")) not in losses.fastest:
-        sides = script("models").patched_sides("cuda")
+    sides = ["fastdiff cpu", "fastdiff cpu, CUDA graphs"]
     assert [t["provider"] for t in model["timings"]] == ["eager", *sides, "torch.compile", "torch.compile max-autotune"]
     assert model["extra"]["wrong"] == [] and model["environment"]["gpu"] == "Made Up 1" and model["dtype"] == "bf16"
     for words in ("SD1.5 U-Net 512x512 batch 2", "speed over torch.compile", "Flux-dev 1024x1024", "not measured",
                   "seconds of new size", "tests: ok", "bench report"):  # fmt: skip
         assert words in said, words
     assert said.index("Flux-dev") < said.index("tests: ok") < said.index("bench report")
+    assert "not counted here" not in said
     done = len(made_up_gpu)
     assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0 and len(made_up_gpu) == done
     assert "measured before" in capsys.readouterr().out
+    # The table of measurements now has this GPU, so a plain patch gives other kernels: that was not measured.
+    fastest = {"cuda sm_00": {"geglu": {"bf16": "triton"}}}
+    monkeypatch.setattr(losses, "fastest", fastest)
+    changed = ["fastdiff", "fastdiff, CUDA graphs"]
+    assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0
+    sections = load(tmp_path / "made-up-1.json")
+    assert {t["provider"] for t in sections["models"]["rows"][0]["timings"]} >= {"torch.compile", *changed}
+    assert {t["provider"] for t in sections["cold start"]["rows"][0]["timings"]} >= {"torch.compile", *changed}
+    assert sections["memory"]["rows"][0]["extra"]["bytes"].keys() == {"eager", *changed}
+    assert not any(again.startswith("kernels.py") for again in made_up_gpu[done:])
+    monkeypatch.setattr(gpu, "environment", lambda device: _results.environment(device) | {"source": "later"})
+    monkeypatch.setattr(gpu, "run_process", lambda arguments, timeout_s: 0)
+    assert benchmark_scripts.run(gpu, monkeypatch, "--budget", "600") == 0
+    assert "9 row(s) of other code" in capsys.readouterr().out
 
 
 def test_the_command_is_cut(made_up_gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

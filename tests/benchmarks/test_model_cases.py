@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,6 +13,7 @@ import model_cases
 import pytest
 import torch
 from _harness import Rates
+from extent import ALL
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -44,7 +44,6 @@ OUTPUTS: dict[str, tuple[tuple[int, ...], float | None]] = {
 #: Of models that other cases run too; seconds each, so with FASTDIFF_TEST_ALL=1 only.
 LONG = ("SDXL U-Net 256x256 batch 1", "Wan VAE decode 832x480, 81 frames", "DiT-XL/2 pipeline 512x512, 10 steps",
         "SD1.5 pipeline 256x256, 2 steps")  # fmt: skip
-ALL = bool(os.environ.get("FASTDIFF_TEST_ALL"))
 #: Pipelines, and the parameters of their denoiser, 10^9.
 PIPELINES = {
     "SD1.5 pipeline 256x256, 2 steps": 0.860,

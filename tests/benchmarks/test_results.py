@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import _losses
 import _results
+import layer_cases
 import pytest
 import report
 import torch
@@ -132,17 +134,30 @@ def test_losing_sizes_are_beyond_noise_and_in_all_rows() -> None:
         assert table["losses"] == [] and list(table["measured"]) == ["cpu amx"]
 
 
-def test_fastest_backend_is_the_best_over_all_sizes() -> None:
+def test_fastest_backend_is_the_best_over_all_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Per kind, op and dtype; eager where none of ours is faster in the mean."""
     results = _losing("geglu", {"numel": 5000}, (4.0, 3.9, 4.1), (1.0, 0.9, 1.1))
     rows = results["file"]["kernels"]
     for row, ratio in zip(rows, (3.0, 2.0), strict=True):
         row["timings"].append(row["timings"][1] | {"provider": "fastdiff triton", "ratio": ratio})
     assert losing_sizes(results)["fastest"] == {"cpu amx": {"geglu": {"bf16": "triton"}}}  # 2.4 against 2
+    monkeypatch.setattr(_losses, "cases", lambda: ())  # one row decides
     rows[1]["dtype"] = "fp16"  # 4 in bf16, against 3; 1 in fp16, against 2
     assert losing_sizes(results)["fastest"] == {"cpu amx": {"geglu": {"bf16": "cpu", "fp16": "triton"}}}
     slower = losing_sizes(_losing("geglu", {"numel": 5000}, (0.9, 0.8, 1.1)))
     assert slower["fastest"] == {"cpu amx": {"geglu": {"bf16": "eager"}}}
+
+
+def test_fastest_backend_is_not_chosen_by_few_sizes() -> None:
+    """A run for one name, or one that was cut: at least half of the cases of that device must be there."""
+    fast = (2.0, 1.9, 2.1)
+    for kind, cases in (("cpu amx", [c for c in layer_cases.cases() if c.fits_cpu()]),
+                        ("cuda sm_90", list(layer_cases.gpu_cases()))):  # fmt: skip
+        count = sum(case.op == "attention" for case in cases)
+        chosen = {kind: {"attention": {"bf16": "cpu"}}}
+        for present, found in ((1, {}), ((count - 1) // 2, {}), ((count + 1) // 2, chosen)):
+            results = _losing("attention", {"depth": 64, "queries": 9, "keys": 9}, *[fast] * present, kind=kind)
+            assert losing_sizes(results)["fastest"] == found, (kind, present)
 
 
 def test_choice_leaves_losing_sizes_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -299,8 +299,13 @@ def test_sides_are_options_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_90")
     monkeypatch.setattr(losses, "fastest", {})
     assert _runner.patched_sides("cuda") == ["fastdiff triton", "fastdiff triton, CUDA graphs"]
-    monkeypatch.setattr(losses, "fastest", {"cuda sm_90": {}})  # measured: what the table chooses
-    assert _runner.patched_sides("cuda") == ["fastdiff", "fastdiff, CUDA graphs"]
+    plain = ["fastdiff", "fastdiff, CUDA graphs"]
+    monkeypatch.setattr(losses, "fastest", {"cuda sm_90": {"geglu": {"bf16": "triton"}}})  # what the table chooses
+    assert _runner.patched_sides("cuda") == plain
+    monkeypatch.setattr(losses, "fastest", {"cuda sm_80": {"geglu": {"bf16": "triton"}}})
+    assert _runner.patched_sides("cuda") == ["fastdiff triton", "fastdiff triton, CUDA graphs"]
+    monkeypatch.setattr(losses, "own", lambda name, op, dtype: "triton" if name == "cuda sm_90" else None)
+    assert _runner.patched_sides("cuda") == plain  # what was measured on this machine counts too
     assert patch_options("fastdiff triton") == {"backend": "triton"}
     assert patch_options("fastdiff, packed weights") == {"prepack_weights": True}
     assert patch_options("fastdiff") == {}

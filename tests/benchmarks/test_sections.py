@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import _results
 import benchmark_scripts
+import cold_start
+import kernels
+import memory
 import pytest
 import torch
 from _results import load, rows_of
@@ -57,6 +61,50 @@ def test_common_options(
     with pytest.raises(SystemExit):
         run(script(name), monkeypatch, *common, "--device", "cuda")
     assert "invalid choice: 'cuda'" in capsys.readouterr().err
+
+
+def test_cold_start_has_no_tuned_allocator(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its rows are of the stock one, and say so."""
+    with pytest.raises(SystemExit):
+        run(cold_start, monkeypatch, "--tuned-allocator")
+    assert "unrecognized arguments: --tuned-allocator" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "rounds"), [((), 1), (("--rounds", "4"), 4), (("--quick",), 1)])
+def test_rounds_of_memory_on_a_gpu(given: tuple[str, ...], rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One by default, for the allocator's count does not vary; as many as are asked for."""
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(memory, "patched_sides", lambda device: ["fastdiff"])
+    monkeypatch.setattr(memory, "Store", lambda *arguments: None)
+    monkeypatch.setattr(memory, "run_section", lambda store, jobs, options, show: seen.append(options.rounds) or 0)
+    assert run(memory, monkeypatch, "--device", "cuda", *given) == 0
+    assert seen == [rounds]
+
+
+def test_documented_options_are_those_that_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As docs/benchmarks.md has them, by script."""
+    every = {"--save", "--filter", "--resume", "--budget", "--baseline"}
+    measuring = every | {"--rounds", "--quick", "--threads", "--device-name", "--device"}
+    wanted = {
+        "kernels": measuring | {"--tuned-allocator", "--dtypes", "--compile"},
+        "models": measuring | {"--tuned-allocator", "--dtypes", "--compile"},
+        "cold_start": measuring | {"--dtypes", "--sides", "--channels", "--size", "--steps"},
+        "memory": measuring | {"--tuned-allocator", "--dtypes", "--sides"},
+        "schedulers": measuring | {"--tuned-allocator"},
+        "overhead": measuring | {"--tuned-allocator"},
+        "pipelines": every,
+    }
+    page = (benchmark_scripts.BENCHMARKS.parent / "docs" / "benchmarks.md").read_text().split("How it is measured")[0]
+    for name, options in wanted.items():
+        module = {"cold_start": cold_start, "memory": memory, "kernels": kernels}.get(name) or script(name)
+        with pytest.raises(SystemExit):
+            run(module, monkeypatch, "--help")
+        found = set(re.findall(r"^  (?:-h, )?(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--help"}
+        assert found == options, name
+        assert all(f"`{o}" in page for o in options - {"--channels", "--size", "--steps"})
 
 
 def _entry(model: str, after: int, patched: int = 5) -> dict[str, Any]:

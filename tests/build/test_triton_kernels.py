@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from extent import ALL
 from triton_aot import GPUS, Binary, Variant, calls, compile_for, meta, recorded
 
 if importlib.util.find_spec("triton") is None:
@@ -94,7 +95,7 @@ def test_amd(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("FASTDIFF_TEST_ALL" not in os.environ, reason="compiles for long; FASTDIFF_TEST_ALL=1 runs it")
+@pytest.mark.skipif(not ALL, reason="compiles for long; FASTDIFF_TEST_ALL=1 runs it")
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", calls(torch.bfloat16) if importlib.util.find_spec("triton") else [])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from actions import OwnProcessor, wrap_forwards
+from extent import ALL
 from fake_recorder import FakeRecorder
 from graph_pairs import DIT, FIRST, assign, captured, inputs, pair_of, recorder_of, same, stats_of, with_lora
 from hazards import HAZARDS
@@ -130,7 +130,7 @@ def test_equal_attributes_drop_nothing() -> None:
 _SOME = ("two LoRAs", "model offload", "Diffusers hook", "fused projections", "FreeU", "first block cache")
 
 
-@pytest.mark.parametrize("name", HAZARDS if os.environ.get("FASTDIFF_TEST_ALL") == "1" else _SOME)
+@pytest.mark.parametrize("name", HAZARDS if ALL else _SOME)
 def test_hazards(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that Diffusers, PEFT, accelerate and users do to a model, between and after replays."""
     monkeypatch.setattr(_graph_state, "_KNOWN", (*_graph_state._KNOWN, "hazards"))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
+import re
 import sys
 from pathlib import Path
 
 import diffusers
 import pytest
+from extent import ALL
 from fakes import contracts, fake_tensors
 from published import PLAIN
-from transformer_models import TRANSFORMERS, as_loaded
+from transformer_models import TRANSFORMERS, Transformer, as_loaded
 from zoo import ZOO, Entry, model_class
 
 import fastdiff
@@ -37,7 +38,7 @@ VAES = [e for e in ZOO if e.public is not None and e.pipelines.startswith("VAE o
 
 @pytest.mark.parametrize(
     "entry",
-    [e for e in VAES if "FASTDIFF_TEST_ALL" in os.environ or e.pipelines.removeprefix("VAE of ") in _FEW],
+    [e for e in VAES if ALL or e.pipelines.removeprefix("VAE of ") in _FEW],
     ids=lambda e: e.pipelines,
 )
 def test_contracts_of_vaes(entry: Entry) -> None:
@@ -62,17 +63,40 @@ def test_table_is_of_the_models() -> None:
         assert row["after"] < row["before"] or row["model"] in plain
 
 
-_ALL = os.environ.get("FASTDIFF_TEST_ALL") == "1"  # takes minutes
+#: With FASTDIFF_TEST_ALL=1 all: seconds each, transformers up to minutes.
+_COUNTED = [pytest.param("of_zoo", e, id=f"{e.cls}: {e.pipelines}") for e in ZOO
+            if ALL or e.cls in ("ControlNetModel", "VQModel")]  # fmt: skip
+_COUNTED += [pytest.param("of_transformer", case, id=f"{case.cls.__name__}: {case.name}")
+             for case in TRANSFORMERS if ALL]  # fmt: skip
 
 
 @pytest.mark.skipif(
     TABLE["environment"]["diffusers"] != diffusers.__version__, reason="the table is of another Diffusers"
 )
-@pytest.mark.parametrize("index", [i for i, e in enumerate(ZOO) if _ALL or e.cls in ("ControlNetModel", "VQModel")])
-def test_table_is_up_to_date(index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("count", "model"), _COUNTED)
+def test_table_is_up_to_date(
+    count: str, model: Entry | Transformer, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Counted again; ``python benchmarks/pipelines.py`` counts all."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import pipelines
 
     monkeypatch.delitem(sys.modules, "pipelines")
-    assert pipelines.of_zoo(ZOO[index]) == TABLE["rows"][index]
+    (row,) = [row for row in TABLE["rows"] if pipelines.name_of(row) == request.node.callspec.id]
+    assert getattr(pipelines, count)(model) == row
+
+
+#: What Diffusers' tests of a model are called, where that is not the name of its module.
+_TESTED_AS = {"auraflow": "aura_flow", "hunyuan": "hunyuan_dit", "controlnet_hunyuan": "controlnet_hunyuandit",
+              "hunyuan_video15": "hunyuan_1_5", "hunyuanimage": "hunyuan_image_21", "pixart": "pixart_transformer2d",
+              "dit": "dit_transformer2d", "controlnet_qwenimage": "qwenimage", "controlnet_sana": "sana"}  # fmt: skip
+
+
+def test_diffusers_tests_of_all_transformers_are_run() -> None:
+    """``make diffusers-tests`` names them."""
+    listed = (BENCHMARKS.parent / "Makefile").read_text().split("DIFFUSERS_KNOWN :=")[1].split("DIFFUSERS_TESTS")[0]
+    words = set(re.findall(r"\w+", listed))
+    for case in TRANSFORMERS:
+        module = case.cls.__module__.rpartition(".")[2].removeprefix("transformer_")
+        name = re.sub(r"_transformer(_\dd)?$", "", module)
+        assert _TESTED_AS.get(name, name) in words, case.name

@@ -6,7 +6,6 @@ launches patching must at least remove. The inputs are the families' own example
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,6 +51,7 @@ from diffusers import (
     WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
+from extent import ALL
 from models import randomized
 from published_transformers import REAL
 from torch import Tensor, nn
@@ -423,4 +423,4 @@ _KIN = {
     "Sana ControlNet", "LongCat-Image", "ConsisID",
 }  # fmt: skip
 #: All others; with ``FASTDIFF_TEST_ALL=1`` all.
-OWN_BLOCKS = [case for case in TRANSFORMERS if case.name not in _KIN or "FASTDIFF_TEST_ALL" in os.environ]
+OWN_BLOCKS = [case for case in TRANSFORMERS if case.name not in _KIN or ALL]
