@@ -175,11 +175,8 @@ class Stepper:
             begin = attributes.get("_begin_index")
         if sampler.by_timestep or first:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
-        # All that the scheduler does not hold. The types come before the values: tensors do not compare.
-        try:
-            key = (site.backend, overridden(), forward_ad._current_level, [_type(timestep), *map(type, others)], others,
-                   begin, moments, [t if t is None else _kind(t) for t in (mask, *values)])
-        except AttributeError:
+        key = self._key(site, timestep, times, others, begin, moments, (mask, *values))
+        if key is None:
             return "the arguments do not fit the step"
         # Of a contiguous sample, kernels take history in any layout.
         place = self._place if sample.is_contiguous() else None
@@ -211,6 +208,23 @@ class Stepper:
         ordered = itemgetter(*[places.get(name, absent) for name in (*self._special, *self._others)])
         self._forms[form] = ordered if fits else None
         return self._forms[form]
+
+    def _key(
+        self, site: Site, timestep: Any, times: list[Any], others: list[Any], begin: int | None,
+        moments: list[Moment | None], tensors: tuple[Any, ...],
+    ) -> tuple[Any, ...] | None:
+        """All that a step depends on and that the scheduler does not hold; ``None`` if one of ``tensors`` is none.
+
+        That is what may serve it (the backend and its override, forward-mode differentiation), the arguments' types
+        and values, and the kinds of its tensors. The types come before the values, of which tensors do not compare.
+        Those of ``times`` tell what is absent from what is no number: both have no moment.
+        """
+        try:
+            kinds = [t if t is None else _kind(t) for t in tensors]
+        except AttributeError:
+            return None
+        types = [_type(timestep), *map(type, times), *map(type, others)]
+        return site.backend, overridden(), forward_ad._current_level, types, others, begin, moments, kinds
 
     def _find(self, arguments: _Arguments) -> Step | str:
         """The step by all that it depends on, or why there is none."""

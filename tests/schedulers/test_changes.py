@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import CORE, DPM, compare, every_sampler, one_step
-from trajectory import SHAPE, error, fields, make, scale, served, set_timesteps
+from trajectory import AVAILABLE, SHAPE, error, fields, make, scale, served, set_timesteps
 
 from fastdiff import use_backend
 from fastdiff.schedulers.stepper import Stepper
@@ -176,6 +177,38 @@ def test_another_call_in_the_middle(change: str) -> None:
             samples.append(sample)
     tolerance = 1e-2 if change == "dtype" else 1e-5  # stock rounds to half
     assert all(error(ours, theirs) < tolerance for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+
+
+_OTHER_TIMES: list[tuple[str, str, Any]] = [
+    ("UnCLIPScheduler", "prev_timestep", np.int64(100)),
+    ("UnCLIPScheduler", "prev_timestep", torch.tensor([100])),
+    ("FlowMapEulerDiscreteScheduler", "r_timestep", torch.linspace(100, 200, SHAPE[0])),
+    ("FlowMapEulerDiscreteScheduler", "r_timestep", np.float32(100)),
+    ("FlowMapEulerDiscreteScheduler", "r_timestep", True),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), _OTHER_TIMES, ids=str)
+def test_another_time_in_the_middle(name: str, argument: str, value: Any) -> None:
+    """A timestep argument that is no number, where it was absent the times before, is left to the stock step."""
+    if name not in AVAILABLE:
+        pytest.skip(f"this Diffusers has no {name}")
+    samples = []
+    for patched in (False, True):
+        scheduler = make(name, patched)
+        for generation in range(3):
+            set_timesteps(scheduler, 5)
+            sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+            for index in range(4):
+                other = generation == 2 and index == 2
+                torch.manual_seed(index)
+                sample = scheduler.step(sample.flip(0), scheduler.timesteps[index], sample,
+                                        **{argument: value if other else None}).prev_sample
+                if patched:
+                    assert served(scheduler).startswith("stock: " + argument) is other
+            samples.append(sample)
+    assert all(error(ours, theirs) < 1e-5 for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+    assert error(samples[2], samples[1]) > 1e-3
 
 
 def _shrink(tensor: torch.Tensor) -> None:
