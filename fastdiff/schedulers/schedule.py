@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -32,6 +33,16 @@ REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_nois
 _version = attrgetter("_version")
 
 
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Outside of ``torch.inference_mode``, wherever the caller is: tensors made here count the writes to them."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
+
+
 class Configuration:
     """One state of the options and the schedule, and the steps that are known in it.
 
@@ -41,6 +52,9 @@ class Configuration:
 
     def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
         self.reason = unsupported(scheduler)
+        tables = [v for name, v in vars(scheduler).items() if isinstance(v, Tensor) and name not in without]
+        if self.reason is None and any(t.is_inference() for t in tables):
+            self.reason = "a table of the scheduler was made in inference mode, where no write to it would be noticed"
         self.twin = twin_of(scheduler, sampler, without)
         timesteps = self.twin.timesteps
         self.moments: list[Moment] = []
@@ -137,7 +151,8 @@ class Schedule:
         scheduler = self.scheduler
 
         def stock() -> None:
-            type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+            with ordinary_tensors():
+                type(scheduler).set_timesteps(scheduler, *args, **kwargs)
 
         given = arguments_key(args, kwargs)
         if given is None or held is None or not (is_plain() and self._is_current()):
@@ -150,7 +165,8 @@ class Schedule:
         key = given, held, vars(scheduler).get("_begin_index"), untraced, torch.get_default_dtype()
         known = settings.get(key)
         if known is not None and known.key in self.configurations:
-            vars(scheduler).update(known.again())
+            with ordinary_tensors():
+                vars(scheduler).update(known.again())
             self._take_up(known.key)
             return
         changes = changes_by(scheduler, stock)
@@ -170,7 +186,9 @@ class Schedule:
             self._frozen_options = (*options, *map(_frozen, options.values()))
         key = (*names, *[self._freeze(name, attributes[name]) for name in names], *self._frozen_options)
         if key not in self.configurations:
-            self.configurations[key] = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
+            with ordinary_tensors():
+                made = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
+            self.configurations[key] = made
             if len(self.configurations) > MAX_CONFIGURATIONS:
                 self.configurations.popitem(last=False)
         self._take_up(key)
@@ -234,7 +252,7 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Tensor):
         data = value.detach().cpu()
         data = data.float() if value.dtype is torch.bfloat16 else data  # which numpy does not have
-        return value.dtype, value.device, tuple(value.shape), data.numpy().tobytes()
+        return value.dtype, value.device, value.is_inference(), tuple(value.shape), data.numpy().tobytes()
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, dict):

@@ -16,7 +16,7 @@ from fastdiff.patching._site import Site
 from fastdiff.schedulers.plan import Next, Place, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
-from fastdiff.schedulers.schedule import Configuration, Schedule
+from fastdiff.schedulers.schedule import Configuration, Schedule, ordinary_tensors
 
 #: Steps kept per configuration.
 MAX_STEPS = 4096
@@ -338,7 +338,8 @@ class Stepper:
             configuration.steps.clear()
         step: Step | str
         try:
-            plan = plan_of(probe(configuration.twin, self.sampler, call))
+            with ordinary_tensors():  # the probe looks at versions, too
+                plan = plan_of(probe(configuration.twin, self.sampler, call))
         except NotLinear as error:
             step = str(error)
         except Exception as error:  # the stock step raises on such a call, and will tell the caller so itself
@@ -349,7 +350,8 @@ class Stepper:
             state = {name: v for (name, v), old in states if name in attributes or v is not old}
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    state[name] = configuration.kept(value, attributes["sigmas"].device)
+                    with ordinary_tensors():
+                        state[name] = configuration.kept(value, attributes["sigmas"].device)
             history = tuple([(n, after) for n, after in plan.history if n in attributes or after != Constant(None)])
             step = Step(plan._replace(state=tuple(state.items()), history=history), call)
         configuration.steps[call] = step

@@ -12,6 +12,7 @@ from checks import CORE, DPM, compare, every_sampler, one_step
 from trajectory import AVAILABLE, SHAPE, error, fields, make, scale, served, set_timesteps
 
 from fastdiff import use_backend
+from fastdiff.patching import patch
 from fastdiff.schedulers.stepper import Stepper
 
 #: These know the v-prediction, which tests change to.
@@ -177,6 +178,47 @@ def test_another_call_in_the_middle(change: str) -> None:
             samples.append(sample)
     tolerance = 1e-2 if change == "dtype" else 1e-5  # stock rounds to half
     assert all(error(ours, theirs) < tolerance for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM, "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_inference_mode(name: str) -> None:
+    """Steps are fused there, after schedules of there or of before, and writes to tables are noticed."""
+    stock, patched = make(name), make(name, True)
+    compare(stock, patched)
+    with torch.inference_mode():
+        for _ in range(3):
+            compare(stock, patched)
+        results = []
+        for scheduler in (stock, patched):
+            set_timesteps(scheduler, 8)
+            steps = [one_step(scheduler, torch.float64).prev_sample]
+            set_timesteps(scheduler, 8)
+            getattr(scheduler, "alphas_cumprod" if name == "DDIMScheduler" else "sigmas").mul_(0.5)
+            steps.append(one_step(scheduler, torch.float64).prev_sample)
+            assert served(scheduler) in ("", "eager")
+            results.append(steps)
+    assert all(error(ours, theirs) < 1e-6 for theirs, ours in zip(*results, strict=True))
+    assert error(*results[0]) > 1e-5
+    compare(stock, patched)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM])
+def test_made_in_inference_mode(name: str) -> None:
+    """Tables whose writes nobody counts: the stock step, with the reason; no other scheduler's steps are taken."""
+    ordinary = type(make(name))()
+    with torch.inference_mode():
+        stock, patched = (type(ordinary)() for _ in range(2))
+        patch(patched)
+        for scheduler in (stock, patched):
+            scheduler.set_timesteps(4)
+        ours, theirs = (one_step(scheduler) for scheduler in (patched, stock))
+    assert torch.equal(ours.prev_sample, theirs.prev_sample)
+    assert "made in inference mode" in served(patched)
+    patched.alphas_cumprod, patched.betas, patched.alphas = ordinary.alphas_cumprod, ordinary.betas, ordinary.alphas
+    for table in ("alpha_t", "sigma_t", "lambda_t"):
+        if hasattr(ordinary, table):
+            setattr(patched, table, getattr(ordinary, table))
+    compare(make(name), patched)
 
 
 _OTHER_TIMES: list[tuple[str, str, Any]] = [
