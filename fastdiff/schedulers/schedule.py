@@ -24,7 +24,7 @@ from fastdiff.schedulers.setting import Setting, arguments_key, changes_by
 
 #: Configurations (options, timesteps, sigmas) kept per scheduler, and calls of ``set_timesteps`` per configuration.
 MAX_CONFIGURATIONS = 8
-#: Places kept per configuration besides those after a known step.
+#: Places kept per configuration besides those after a known step, and first timesteps.
 MAX_PLACES = 64
 
 #: The methods that patching may replace.
@@ -66,6 +66,13 @@ class Configuration:
         self._starts: dict[int | float, int] = {}
         self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
 
+    def forget(self) -> None:
+        """Drop all steps, and what would keep them: each leads to the next."""
+        self.steps.clear()
+        self._places.clear()
+        self._starts.clear()
+        self._numbers.clear()
+
     def place(self, held: Any) -> Place:
         """The place where a scheduler that holds ``held`` is."""
         if held not in self._places and len(self._places) == MAX_PLACES:
@@ -79,6 +86,8 @@ class Configuration:
     def start(self, timestep: int | float) -> int:
         """The index of the first step, if that is at ``timestep``."""
         if timestep not in self._starts:
+            if len(self._starts) == MAX_PLACES:
+                self._starts.clear()
             self.twin._step_index = self.twin._begin_index = None
             self.twin._init_step_index(timestep)
             self._starts[timestep] = self.twin._step_index

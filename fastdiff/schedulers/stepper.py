@@ -335,7 +335,8 @@ class Stepper:
 
     def _probe(self, configuration: Configuration, call: Call) -> Step | str:
         if len(configuration.steps) >= MAX_STEPS:
-            configuration.steps.clear()
+            configuration.forget()
+            self._place = None
         step: Step | str
         try:
             with ordinary_tensors():  # the probe looks at versions, too
