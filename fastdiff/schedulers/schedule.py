@@ -20,7 +20,7 @@ from fastdiff.patching._site import SITE
 from fastdiff.schedulers.plan import Place, Step
 from fastdiff.schedulers.probe import Call, Moment, twin_of
 from fastdiff.schedulers.samplers import Sampler, unsupported
-from fastdiff.schedulers.setting import Setting, arguments_key, changes_by
+from fastdiff.schedulers.setting import Setting, arguments_key, changes_by, is_hashable
 
 #: Configurations (options, timesteps, sigmas) kept per scheduler, and calls of ``set_timesteps`` per configuration.
 MAX_CONFIGURATIONS = 8
@@ -163,15 +163,17 @@ class Schedule:
             with ordinary_tensors():
                 type(scheduler).set_timesteps(scheduler, *args, **kwargs)
 
-        given = arguments_key(args, kwargs)
-        if given is None or held is None or not (is_plain() and self._is_current()):
+        given, begin = arguments_key(args, kwargs), vars(scheduler).get("_begin_index")
+        if given is None or held is None or not (is_hashable(begin) and is_plain() and self._is_current()):
             stock()
             self.read()
             return
         assert self._configuration is not None
         settings = self._configuration.settings
         untraced = *map(_frozen, filter(_is_untraced, self._fixed(vars(scheduler)))),
-        key = given, held, vars(scheduler).get("_begin_index"), untraced, torch.get_default_dtype()
+        # Which GPU "cuda" is. Before CUDA starts there is no table on one.
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        key = given, held, begin, untraced, torch.get_default_dtype(), gpu
         known = settings.get(key)
         if known is not None and known.key in self.configurations:
             with ordinary_tensors():

@@ -17,6 +17,7 @@ from fastdiff.schedulers.plan import Next, Place, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
 from fastdiff.schedulers.schedule import Configuration, Schedule, ordinary_tensors
+from fastdiff.schedulers.setting import is_hashable
 
 #: Steps kept per configuration.
 MAX_STEPS = 4096
@@ -75,11 +76,13 @@ class Stepper:
         self._begins = "_step_index" in sampler.state
 
     def _held(self) -> Any:
-        """What a step depends on of all that the scheduler keeps between steps; ``None`` if that is not known."""
+        """What a step depends on of all that the scheduler keeps between steps; ``None`` if that is not known, or is
+        something that does not hash."""
         attributes, past = vars(self.scheduler), self._past_moments()
         history = [tuple(map(_sort, v)) if type(v) is list else _sort(v)
                    for v in map(attributes.get, self.sampler.history)]
-        return None if past is None else (*map(attributes.get, self.sampler.state), *history, past)
+        held = *map(attributes.get, self.sampler.state), *history, past
+        return held if past is not None and is_hashable(held) else None
 
     def _arrive(self, place: Place | None = None) -> None:
         """The trajectory is at ``place``, or, if that is not known, where the scheduler says."""
@@ -282,6 +285,8 @@ class Stepper:
             None if noise is None else noise.dtype, tuple([attributes.get(name) for name in sampler.state]),
             tuple(history), past, scalars, tuple(moments[1:]), None if value is None else bool(value),
         )
+        if not is_hashable(call):
+            return "the scheduler keeps something by which no step can be looked up"
         return configuration.steps.get(call) or self._probe(configuration, call)
 
     def _past_moments(self) -> tuple[Moment | None, ...] | None:
