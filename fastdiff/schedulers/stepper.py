@@ -161,6 +161,10 @@ class Stepper:
             return "autocast is on"
         if torch.compiler.is_compiling():
             return "the step is being compiled"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is active"  # for vmap, the op has no batching rule
+        if sample.layout is not torch.strided:
+            return _NOT_STRIDED
         if noise is not None and generator is not None:
             return "variance_noise comes with a generator"
         if not self._is_there():
@@ -242,6 +246,8 @@ class Stepper:
         shape, device = sample.shape, sample.device
         if model_output.shape != shape or model_output.device != device or len(shape) < 2:
             return "model_output and sample differ in shape or device, or have one dimension"
+        if any(t is not None and t.layout is not torch.strided for t in (model_output, noise, mask)):
+            return _NOT_STRIDED
         if noise is not None and (noise.shape != shape or noise.device != device):
             return "variance_noise comes in another shape or on another device"
         if sampler.mask is not None and not _masks(mask, sample):
@@ -273,6 +279,8 @@ class Stepper:
                 if isinstance(tensor, Tensor):
                     if tensor.shape != shape or tensor.device != device:
                         return "a history tensor differs from the sample in shape or device"
+                    if tensor.layout is not torch.strided:
+                        return _NOT_STRIDED
                     found.append(tensor.dtype)
                 elif tensor is None or type(tensor) is int:
                     found.append(tensor)
@@ -382,6 +390,8 @@ class _Arguments(NamedTuple):
 
 _SOME_MOMENT = Moment(0, None)
 
+_NOT_STRIDED = "a tensor is sparse, or has another layout that is not strided"
+
 
 def _masks(mask: Any, sample: Tensor) -> bool:
     if not isinstance(mask, Tensor) or mask.dtype is not sample.dtype or mask.device != sample.device:
@@ -399,5 +409,5 @@ def _sort(value: Any) -> Any:
     return _kind(value) if isinstance(value, Tensor) else value
 
 
-#: What kernels look at of a tensor, besides its layout.
-_kind = attrgetter("__class__", "dtype", "shape", "device")
+#: What kernels look at of a tensor, besides its strides.
+_kind = attrgetter("__class__", "dtype", "shape", "device", "layout")

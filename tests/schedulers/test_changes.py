@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,8 @@ def _step(scheduler: Any, change: str, sample: torch.Tensor, index: int) -> Any:
         sample = sample.contiguous()
     if change == "dtype":
         model_output = model_output.half()
+    elif change == "sparse":
+        model_output = model_output.to_sparse()
     elif change == "layout":
         sample = sample.to(memory_format=torch.channels_last)
     elif change == "gradient":
@@ -157,10 +160,11 @@ def _step(scheduler: Any, change: str, sample: torch.Tensor, index: int) -> Any:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("change", ["dtype", "layout", "contiguous", "gradient", "tuple", "backend"])
+@pytest.mark.parametrize("change", ["dtype", "layout", "sparse", "contiguous", "gradient", "tuple", "backend"])
 def test_another_call_in_the_middle(change: str) -> None:
     """A call unlike the one that came next before is served as what it is."""
-    served_by = {"gradient": "stock: a gradient is needed", "backend": "eager", "layout": "eager"}
+    served_by = {"gradient": "stock: a gradient is needed", "backend": "eager", "layout": "eager",
+                 "sparse": "stock: a tensor is sparse, or has another layout that is not strided"}
     samples = []
     for patched in (False, True):
         scheduler = make(DPM, patched)
@@ -178,6 +182,27 @@ def test_another_call_in_the_middle(change: str) -> None:
             samples.append(sample)
     tolerance = 1e-2 if change == "dtype" else 1e-5  # stock rounds to half
     assert all(error(ours, theirs) < tolerance for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM, "DDIMScheduler"])
+@pytest.mark.parametrize("known", [False, True])
+def test_vmap(name: str, known: bool) -> None:
+    """The op has no batching rule, so the stock step runs under a transform, for new steps and known ones."""
+    x = torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(0))
+    results = []
+    for patched in (False, True):
+        scheduler = make(name, patched)
+        for generation in range(3 if known else 1):
+            scheduler.set_timesteps(4)
+            t = scheduler.timesteps[0]
+            scale(scheduler, x[0], t)
+            if generation == 2 or not known:
+                step = functools.partial(scheduler.step, return_dict=False)
+                results.append(torch.func.vmap(step, (0, None, 0))(x.flip(1), t, x)[0])
+                assert served(scheduler) in ("", "stock: a transform of torch.func is active")
+            else:
+                scheduler.step(x[0], t, x[0])
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM, "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
