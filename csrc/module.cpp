@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string>
+
 #include "cpu/scheduler_step.h"
 
 #ifndef FASTDIFF_BUILD_INFO
@@ -27,6 +29,14 @@ py::cpp_function bind_scheduler_step(int64_t numel, const std::vector<int>& dtyp
   if (prev.size() < 4 || prev.size() > 4 + Args::kMaxHistory || dtypes.size() != kFixed + prev.size() - 4 ||
       entry.size() != (dtypes[1] < 0 ? 0 : 2) || kept.size() != (dtypes[2] < 0 ? 0 : prev.size()))
     throw py::value_error("fastdiff: bind_scheduler_step: types and coefficients do not fit each other");
+  for (size_t i = 0; i < dtypes.size(); ++i) {
+    const bool optional = i == 1 || i == 2 || i == 5;  // entry, kept, noise
+    if (dtypes[i] < (optional ? -1 : 0) || dtypes[i] > static_cast<int>(cpu::DType::f16))
+      throw py::value_error("fastdiff: bind_scheduler_step: dtypes[" + std::to_string(i) + "] is " +
+                            std::to_string(dtypes[i]) + ", expected 0, 1 or 2" + (optional ? ", or -1 for none" : ""));
+  }
+  if (numel < 0)
+    throw py::value_error("fastdiff: bind_scheduler_step: numel is " + std::to_string(numel) + ", expected 0 or more");
   Args args;
   const auto operand = [&](size_t coefficient, size_t place) {
     return Args::Operand{nullptr, static_cast<cpu::DType>(dtypes[place]), prev[coefficient],

@@ -65,16 +65,22 @@ def prepare(
         sample: Tensor, model_output: Tensor, history: Sequence[Tensor], noise: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         tensors = [sample, model_output, *history] if noise is None else [sample, model_output, *history, noise]
-        if not (is_plain() and all(map(_is_contiguous, tensors))) or any(map(_is_neg, tensors)):
+        try:
+            fits = is_plain() and all(map(_is_contiguous, tensors)) and not any(map(_is_neg, tensors))
+            addresses = [*map(_address, tensors)] if fits else [0]
+        except RuntimeError:  # sparse and MKL-DNN tensors have none
+            addresses = [0]
+        if not all(addresses):  # that of zeros without memory, and of wrappers, is 0
             found: tuple[Tensor, Tensor, Tensor] = run(sample, model_output, history, noise, *arguments)
             return found
+        sample_at, model_output_at, *history_at = addresses
+        noise_at = 0 if noise is None else history_at.pop()
         following = first(sample)
         new = None if second is None else second(sample)
         other = None if third is None else third(sample)
         call(
             following.data_ptr(), 0 if new is None else new.data_ptr(), 0 if other is None else other.data_ptr(),
-            sample.data_ptr(), model_output.data_ptr(), 0 if noise is None else noise.data_ptr(),
-            *map(_address, history),
+            sample_at, model_output_at, noise_at, *history_at,
         )  # fmt: skip
         return following, new, other
 

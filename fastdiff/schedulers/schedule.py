@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -19,17 +20,27 @@ from fastdiff.patching._site import SITE
 from fastdiff.schedulers.plan import Place, Step
 from fastdiff.schedulers.probe import Call, Moment, twin_of
 from fastdiff.schedulers.samplers import Sampler, unsupported
-from fastdiff.schedulers.setting import Setting, arguments_key, changes_by
+from fastdiff.schedulers.setting import Setting, arguments_key, changes_by, is_hashable
 
 #: Configurations (options, timesteps, sigmas) kept per scheduler, and calls of ``set_timesteps`` per configuration.
 MAX_CONFIGURATIONS = 8
-#: Places kept per configuration besides those after a known step.
+#: Places kept per configuration besides those after a known step, and first timesteps.
 MAX_PLACES = 64
 
 #: The methods that patching may replace.
 REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_noise", "get_velocity")
 
 _version = attrgetter("_version")
+
+
+@contextlib.contextmanager
+def ordinary_tensors() -> Iterator[None]:
+    """Outside of ``torch.inference_mode``, wherever the caller is: tensors made here count the writes to them."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    else:
+        yield
 
 
 class Configuration:
@@ -41,6 +52,9 @@ class Configuration:
 
     def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
         self.reason = unsupported(scheduler)
+        tables = [v for name, v in vars(scheduler).items() if isinstance(v, Tensor) and name not in without]
+        if self.reason is None and any(t.is_inference() for t in tables):
+            self.reason = "a table of the scheduler was made in inference mode, where no write to it would be noticed"
         self.twin = twin_of(scheduler, sampler, without)
         timesteps = self.twin.timesteps
         self.moments: list[Moment] = []
@@ -51,6 +65,13 @@ class Configuration:
         self._places: dict[Any, Place] = {}
         self._starts: dict[int | float, int] = {}
         self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop all steps, and what would keep them: each leads to the next."""
+        self.steps.clear()
+        self._places.clear()
+        self._starts.clear()
+        self._numbers.clear()
 
     def place(self, held: Any) -> Place:
         """The place where a scheduler that holds ``held`` is."""
@@ -65,6 +86,8 @@ class Configuration:
     def start(self, timestep: int | float) -> int:
         """The index of the first step, if that is at ``timestep``."""
         if timestep not in self._starts:
+            if len(self._starts) == MAX_PLACES:
+                self._starts.clear()
             self.twin._step_index = self.twin._begin_index = None
             self.twin._init_step_index(timestep)
             self._starts[timestep] = self.twin._step_index
@@ -137,20 +160,24 @@ class Schedule:
         scheduler = self.scheduler
 
         def stock() -> None:
-            type(scheduler).set_timesteps(scheduler, *args, **kwargs)
+            with ordinary_tensors():
+                type(scheduler).set_timesteps(scheduler, *args, **kwargs)
 
-        given = arguments_key(args, kwargs)
-        if given is None or held is None or not (is_plain() and self._is_current()):
+        given, begin = arguments_key(args, kwargs), vars(scheduler).get("_begin_index")
+        if given is None or held is None or not (is_hashable(begin) and is_plain() and self._is_current()):
             stock()
             self.read()
             return
         assert self._configuration is not None
         settings = self._configuration.settings
         untraced = *map(_frozen, filter(_is_untraced, self._fixed(vars(scheduler)))),
-        key = given, held, vars(scheduler).get("_begin_index"), untraced, torch.get_default_dtype()
+        # Which GPU "cuda" is. Before CUDA starts there is no table on one.
+        gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+        key = given, held, begin, untraced, torch.get_default_dtype(), gpu
         known = settings.get(key)
         if known is not None and known.key in self.configurations:
-            vars(scheduler).update(known.again())
+            with ordinary_tensors():
+                vars(scheduler).update(known.again())
             self._take_up(known.key)
             return
         changes = changes_by(scheduler, stock)
@@ -170,7 +197,9 @@ class Schedule:
             self._frozen_options = (*options, *map(_frozen, options.values()))
         key = (*names, *[self._freeze(name, attributes[name]) for name in names], *self._frozen_options)
         if key not in self.configurations:
-            self.configurations[key] = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
+            with ordinary_tensors():
+                made = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
+            self.configurations[key] = made
             if len(self.configurations) > MAX_CONFIGURATIONS:
                 self.configurations.popitem(last=False)
         self._take_up(key)
@@ -234,7 +263,7 @@ def _frozen(value: Any) -> Any:
     if isinstance(value, Tensor):
         data = value.detach().cpu()
         data = data.float() if value.dtype is torch.bfloat16 else data  # which numpy does not have
-        return value.dtype, value.device, tuple(value.shape), data.numpy().tobytes()
+        return value.dtype, value.device, value.is_inference(), tuple(value.shape), data.numpy().tobytes()
     if isinstance(value, np.ndarray):
         return value.dtype, value.shape, value.tobytes()
     if isinstance(value, dict):

@@ -47,6 +47,15 @@ def _key(value: Any) -> Any:
     raise TypeError
 
 
+def is_hashable(value: Any) -> bool:
+    """Whether a key of a dictionary may be ``value``."""
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
+
+
 def changes_by(scheduler: Any, call: Callable[[], None]) -> dict[str, Any] | None:
     """Run ``call()``; the attributes that it has set, or ``None`` if it did more than setting them again would."""
     attributes = vars(scheduler)

@@ -16,7 +16,8 @@ from fastdiff.patching._site import Site
 from fastdiff.schedulers.plan import Next, Place, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
-from fastdiff.schedulers.schedule import Configuration, Schedule
+from fastdiff.schedulers.schedule import Configuration, Schedule, ordinary_tensors
+from fastdiff.schedulers.setting import is_hashable
 
 #: Steps kept per configuration.
 MAX_STEPS = 4096
@@ -75,11 +76,13 @@ class Stepper:
         self._begins = "_step_index" in sampler.state
 
     def _held(self) -> Any:
-        """What a step depends on of all that the scheduler keeps between steps; ``None`` if that is not known."""
+        """What a step depends on of all that the scheduler keeps between steps; ``None`` if that is not known, or is
+        something that does not hash."""
         attributes, past = vars(self.scheduler), self._past_moments()
         history = [tuple(map(_sort, v)) if type(v) is list else _sort(v)
                    for v in map(attributes.get, self.sampler.history)]
-        return None if past is None else (*map(attributes.get, self.sampler.state), *history, past)
+        held = *map(attributes.get, self.sampler.state), *history, past
+        return held if past is not None and is_hashable(held) else None
 
     def _arrive(self, place: Place | None = None) -> None:
         """The trajectory is at ``place``, or, if that is not known, where the scheduler says."""
@@ -158,6 +161,10 @@ class Stepper:
             return "autocast is on"
         if torch.compiler.is_compiling():
             return "the step is being compiled"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func is active"  # for vmap, the op has no batching rule
+        if sample.layout is not torch.strided:
+            return _NOT_STRIDED
         if noise is not None and generator is not None:
             return "variance_noise comes with a generator"
         if not self._is_there():
@@ -175,11 +182,8 @@ class Stepper:
             begin = attributes.get("_begin_index")
         if sampler.by_timestep or first:
             moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
-        # All that the scheduler does not hold. The types come before the values: tensors do not compare.
-        try:
-            key = (site.backend, overridden(), forward_ad._current_level, [_type(timestep), *map(type, others)], others,
-                   begin, moments, [t if t is None else _kind(t) for t in (mask, *values)])
-        except AttributeError:
+        key = self._key(site, timestep, times, others, begin, moments, (mask, *values))
+        if key is None:
             return "the arguments do not fit the step"
         # Of a contiguous sample, kernels take history in any layout.
         place = self._place if sample.is_contiguous() else None
@@ -212,6 +216,23 @@ class Stepper:
         self._forms[form] = ordered if fits else None
         return self._forms[form]
 
+    def _key(
+        self, site: Site, timestep: Any, times: list[Any], others: list[Any], begin: int | None,
+        moments: list[Moment | None], tensors: tuple[Any, ...],
+    ) -> tuple[Any, ...] | None:
+        """All that a step depends on and that the scheduler does not hold; ``None`` if one of ``tensors`` is none.
+
+        That is what may serve it (the backend and its override, forward-mode differentiation), the arguments' types
+        and values, and the kinds of its tensors. The types come before the values, of which tensors do not compare.
+        Those of ``times`` tell what is absent from what is no number: both have no moment.
+        """
+        try:
+            kinds = [t if t is None else _kind(t) for t in tensors]
+        except AttributeError:
+            return None
+        types = [_type(timestep), *map(type, times), *map(type, others)]
+        return site.backend, overridden(), forward_ad._current_level, types, others, begin, moments, kinds
+
     def _find(self, arguments: _Arguments) -> Step | str:
         """The step by all that it depends on, or why there is none."""
         sample, model_output, noise, mask, tensors, timestep, times, moments, begin, others = arguments
@@ -225,6 +246,8 @@ class Stepper:
         shape, device = sample.shape, sample.device
         if model_output.shape != shape or model_output.device != device or len(shape) < 2:
             return "model_output and sample differ in shape or device, or have one dimension"
+        if any(t is not None and t.layout is not torch.strided for t in (model_output, noise, mask)):
+            return _NOT_STRIDED
         if noise is not None and (noise.shape != shape or noise.device != device):
             return "variance_noise comes in another shape or on another device"
         if sampler.mask is not None and not _masks(mask, sample):
@@ -256,6 +279,8 @@ class Stepper:
                 if isinstance(tensor, Tensor):
                     if tensor.shape != shape or tensor.device != device:
                         return "a history tensor differs from the sample in shape or device"
+                    if tensor.layout is not torch.strided:
+                        return _NOT_STRIDED
                     found.append(tensor.dtype)
                 elif tensor is None or type(tensor) is int:
                     found.append(tensor)
@@ -268,6 +293,8 @@ class Stepper:
             None if noise is None else noise.dtype, tuple([attributes.get(name) for name in sampler.state]),
             tuple(history), past, scalars, tuple(moments[1:]), None if value is None else bool(value),
         )
+        if not is_hashable(call):
+            return "the scheduler keeps something by which no step can be looked up"
         return configuration.steps.get(call) or self._probe(configuration, call)
 
     def _past_moments(self) -> tuple[Moment | None, ...] | None:
@@ -321,10 +348,12 @@ class Stepper:
 
     def _probe(self, configuration: Configuration, call: Call) -> Step | str:
         if len(configuration.steps) >= MAX_STEPS:
-            configuration.steps.clear()
+            configuration.forget()
+            self._place = None
         step: Step | str
         try:
-            plan = plan_of(probe(configuration.twin, self.sampler, call))
+            with ordinary_tensors():  # the probe looks at versions, too
+                plan = plan_of(probe(configuration.twin, self.sampler, call))
         except NotLinear as error:
             step = str(error)
         except Exception as error:  # the stock step raises on such a call, and will tell the caller so itself
@@ -335,7 +364,8 @@ class Stepper:
             state = {name: v for (name, v), old in states if name in attributes or v is not old}
             for name, value in state.items():
                 if isinstance(value, Tensor):
-                    state[name] = configuration.kept(value, attributes["sigmas"].device)
+                    with ordinary_tensors():
+                        state[name] = configuration.kept(value, attributes["sigmas"].device)
             history = tuple([(n, after) for n, after in plan.history if n in attributes or after != Constant(None)])
             step = Step(plan._replace(state=tuple(state.items()), history=history), call)
         configuration.steps[call] = step
@@ -360,6 +390,8 @@ class _Arguments(NamedTuple):
 
 _SOME_MOMENT = Moment(0, None)
 
+_NOT_STRIDED = "a tensor is sparse, or has another layout that is not strided"
+
 
 def _masks(mask: Any, sample: Tensor) -> bool:
     if not isinstance(mask, Tensor) or mask.dtype is not sample.dtype or mask.device != sample.device:
@@ -377,5 +409,5 @@ def _sort(value: Any) -> Any:
     return _kind(value) if isinstance(value, Tensor) else value
 
 
-#: What kernels look at of a tensor, besides its layout.
-_kind = attrgetter("__class__", "dtype", "shape", "device")
+#: What kernels look at of a tensor, besides its strides.
+_kind = attrgetter("__class__", "dtype", "shape", "device", "layout")

@@ -278,7 +278,7 @@ DISPATCHED = {
     "a dispatch mode": _watched(LaunchCounter),
     "a function mode": _watched(lambda: torch.device("cpu")),
     "a profiler": _watched(torch.autograd.profiler.profile),
-    "a transform": lambda step, tensors: torch.func.vmap(lambda x: (step(*tensors)[0], x)[0])(torch.ones(1))[0:1],
+    "a transform": lambda step, tensors: torch.func.vmap(lambda x: step(*tensors)[:1])(torch.ones(1)),
     "a transposed history": lambda step, t: step(t[0], t[1], [t[2][0].mT.contiguous().mT], t[3]),
     "a transposed model output": lambda step, t: step(t[0], t[1].mT.contiguous().mT, *t[2:]),
     "a lazy negative": lambda step, t: step(t[0], torch._neg_view(-t[1]), *t[2:]),
@@ -297,8 +297,31 @@ def test_what_prepared_leaves_to_the_dispatcher(what: str) -> None:
     assert not calls
     got = DISPATCHED[what](step, args[:4])
     assert calls == [1]
-    if isinstance(got, tuple):
-        assert torch.equal(got[0], wanted)
+    assert torch.equal(got[0].view_as(wanted), wanted)  # but for the transform's axis
+
+
+WITHOUT_ADDRESS = {
+    "zeros without memory": lambda t: torch._efficientzerotensor(t.shape),
+    "a wrapper": torch._to_functional_tensor,
+    "sparse": Tensor.to_sparse,
+    "MKL-DNN": Tensor.to_mkldnn,
+}
+
+
+@pytest.mark.parametrize("what", WITHOUT_ADDRESS)
+@pytest.mark.parametrize("position", range(4))
+def test_prepared_for_other_tensors(what: str, position: int) -> None:
+    """A tensor without an address of its own is for the dispatcher to take or to refuse."""
+    args = _call()
+    calls = []
+    step = _cpu_step.prepare(lambda *a: calls.append(a) or (None,) * 3, *args)
+    assert step is not None
+    tensors = list(args[:4])
+    other = WITHOUT_ADDRESS[what](tensors[position][0] if position == 2 else tensors[position])
+    tensors[position] = [other] if position == 2 else other
+    step(*tensors)
+    assert len(calls) == 1
+    assert all(a is b for a, b in zip(calls[0], tensors, strict=False))
 
 
 def test_what_is_not_prepared() -> None:
@@ -323,5 +346,15 @@ def test_prepared_addresses() -> None:
     with pytest.raises(TypeError):
         call(*addresses[:-1], "x")
     assert not following.any()
+    types = [0, 0, 0, 0, 0, 0, 0]
+    for place, least in enumerate((0, -1, -1, 0, 0, -1, 0)):
+        for wrong_type in (least - 1, 3, 7):
+            # The coefficients fit the types as far as these are there.
+            given = [*types[:place], wrong_type, *types[place + 1 :]]
+            entry, kept = [1.0] * 2 * (given[1] >= 0), [1.0] * 5 * (given[2] >= 0)
+            with pytest.raises(ValueError, match=rf"dtypes\[{place}\] is {wrong_type}, expected 0, 1 or 2"):
+                _extension.module.bind_scheduler_step(4, given, [1.0] * 5, entry, None, kept)
+    with pytest.raises(ValueError, match="numel is -1"):
+        _extension.module.bind_scheduler_step(-1, types, [1.0] * 5, [1.0] * 2, None, [1.0] * 5)
     with pytest.raises(ValueError, match="do not fit"):
         _extension.module.bind_scheduler_step(4, [0, 0, -1, 0, 0, -1], [1.0, 0.5, 0.0, 0.0], [], None, [])

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import CORE, DPM, compare, every_sampler, one_step
-from trajectory import SHAPE, error, fields, make, scale, served, set_timesteps
+from trajectory import AVAILABLE, SHAPE, error, fields, make, scale, served, set_timesteps
 
 from fastdiff import use_backend
+from fastdiff.patching import patch
 from fastdiff.schedulers.stepper import Stepper
 
 #: These know the v-prediction, which tests change to.
@@ -140,6 +143,8 @@ def _step(scheduler: Any, change: str, sample: torch.Tensor, index: int) -> Any:
         sample = sample.contiguous()
     if change == "dtype":
         model_output = model_output.half()
+    elif change == "sparse":
+        model_output = model_output.to_sparse()
     elif change == "layout":
         sample = sample.to(memory_format=torch.channels_last)
     elif change == "gradient":
@@ -155,10 +160,11 @@ def _step(scheduler: Any, change: str, sample: torch.Tensor, index: int) -> Any:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("change", ["dtype", "layout", "contiguous", "gradient", "tuple", "backend"])
+@pytest.mark.parametrize("change", ["dtype", "layout", "sparse", "contiguous", "gradient", "tuple", "backend"])
 def test_another_call_in_the_middle(change: str) -> None:
     """A call unlike the one that came next before is served as what it is."""
-    served_by = {"gradient": "stock: a gradient is needed", "backend": "eager", "layout": "eager"}
+    served_by = {"gradient": "stock: a gradient is needed", "backend": "eager", "layout": "eager",
+                 "sparse": "stock: a tensor is sparse, or has another layout that is not strided"}
     samples = []
     for patched in (False, True):
         scheduler = make(DPM, patched)
@@ -176,6 +182,100 @@ def test_another_call_in_the_middle(change: str) -> None:
             samples.append(sample)
     tolerance = 1e-2 if change == "dtype" else 1e-5  # stock rounds to half
     assert all(error(ours, theirs) < tolerance for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM, "DDIMScheduler"])
+@pytest.mark.parametrize("known", [False, True])
+def test_vmap(name: str, known: bool) -> None:
+    """The op has no batching rule, so the stock step runs under a transform, for new steps and known ones."""
+    x = torch.randn((3, *SHAPE), generator=torch.Generator().manual_seed(0))
+    results = []
+    for patched in (False, True):
+        scheduler = make(name, patched)
+        for generation in range(3 if known else 1):
+            scheduler.set_timesteps(4)
+            t = scheduler.timesteps[0]
+            scale(scheduler, x[0], t)
+            if generation == 2 or not known:
+                step = functools.partial(scheduler.step, return_dict=False)
+                results.append(torch.func.vmap(step, (0, None, 0))(x.flip(1), t, x)[0])
+                assert served(scheduler) in ("", "stock: a transform of torch.func is active")
+            else:
+                scheduler.step(x[0], t, x[0])
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM, "DDIMScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_inference_mode(name: str) -> None:
+    """Steps are fused there, after schedules of there or of before, and writes to tables are noticed."""
+    stock, patched = make(name), make(name, True)
+    compare(stock, patched)
+    with torch.inference_mode():
+        for _ in range(3):
+            compare(stock, patched)
+        results = []
+        for scheduler in (stock, patched):
+            set_timesteps(scheduler, 8)
+            steps = [one_step(scheduler, torch.float64).prev_sample]
+            set_timesteps(scheduler, 8)
+            getattr(scheduler, "alphas_cumprod" if name == "DDIMScheduler" else "sigmas").mul_(0.5)
+            steps.append(one_step(scheduler, torch.float64).prev_sample)
+            assert served(scheduler) in ("", "eager")
+            results.append(steps)
+    assert all(error(ours, theirs) < 1e-6 for theirs, ours in zip(*results, strict=True))
+    assert error(*results[0]) > 1e-5
+    compare(stock, patched)
+
+
+@pytest.mark.parametrize("name", ["EulerDiscreteScheduler", DPM])
+def test_made_in_inference_mode(name: str) -> None:
+    """Tables whose writes nobody counts: the stock step, with the reason; no other scheduler's steps are taken."""
+    ordinary = type(make(name))()
+    with torch.inference_mode():
+        stock, patched = (type(ordinary)() for _ in range(2))
+        patch(patched)
+        for scheduler in (stock, patched):
+            scheduler.set_timesteps(4)
+        ours, theirs = (one_step(scheduler) for scheduler in (patched, stock))
+    assert torch.equal(ours.prev_sample, theirs.prev_sample)
+    assert "made in inference mode" in served(patched)
+    patched.alphas_cumprod, patched.betas, patched.alphas = ordinary.alphas_cumprod, ordinary.betas, ordinary.alphas
+    for table in ("alpha_t", "sigma_t", "lambda_t"):
+        if hasattr(ordinary, table):
+            setattr(patched, table, getattr(ordinary, table))
+    compare(make(name), patched)
+
+
+_OTHER_TIMES: list[tuple[str, str, Any]] = [
+    ("UnCLIPScheduler", "prev_timestep", np.int64(100)),
+    ("UnCLIPScheduler", "prev_timestep", torch.tensor([100])),
+    ("FlowMapEulerDiscreteScheduler", "r_timestep", torch.linspace(100, 200, SHAPE[0])),
+    ("FlowMapEulerDiscreteScheduler", "r_timestep", np.float32(100)),
+    ("FlowMapEulerDiscreteScheduler", "r_timestep", True),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), _OTHER_TIMES, ids=str)
+def test_another_time_in_the_middle(name: str, argument: str, value: Any) -> None:
+    """A timestep argument that is no number, where it was absent the times before, is left to the stock step."""
+    if name not in AVAILABLE:
+        pytest.skip(f"this Diffusers has no {name}")
+    samples = []
+    for patched in (False, True):
+        scheduler = make(name, patched)
+        for generation in range(3):
+            set_timesteps(scheduler, 5)
+            sample = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+            for index in range(4):
+                other = generation == 2 and index == 2
+                torch.manual_seed(index)
+                sample = scheduler.step(sample.flip(0), scheduler.timesteps[index], sample,
+                                        **{argument: value if other else None}).prev_sample
+                if patched:
+                    assert served(scheduler).startswith("stock: " + argument) is other
+            samples.append(sample)
+    assert all(error(ours, theirs) < 1e-5 for theirs, ours in zip(samples[:3], samples[3:], strict=True))
+    assert error(samples[2], samples[1]) > 1e-3
 
 
 def _shrink(tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import SHAPE, Walk, fields, make, run, scale, set_timesteps, x32
 
 from fastdiff.patching._site import site_of
-from fastdiff.schedulers import SAMPLERS
-from fastdiff.schedulers.schedule import MAX_CONFIGURATIONS
+from fastdiff.schedulers import SAMPLERS, stepper
+from fastdiff.schedulers.plan import Step
+from fastdiff.schedulers.schedule import MAX_CONFIGURATIONS, MAX_PLACES
 
 
 @pytest.mark.kernel
@@ -70,8 +72,6 @@ def test_one_launch_and_no_read(name: str) -> None:
 
 
 def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastdiff.schedulers import stepper
-
     probes = []
     probe = stepper.probe
     monkeypatch.setattr(stepper, "probe", lambda *args: probes.append(1) or probe(*args))
@@ -89,3 +89,29 @@ def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> N
         scheduler.set_timesteps(steps)
     state: Any = site_of(scheduler).state  # type: ignore[union-attr]
     assert len(state.schedule.configurations) == MAX_CONFIGURATIONS
+
+
+def _steps_alive() -> int:
+    gc.collect()
+    return sum(type(found) is Step for found in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "KDPM2AncestralDiscreteScheduler"])
+def test_memory_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step leads to the next; those of a trajectory longer than what is kept go all the same."""
+    monkeypatch.setattr(stepper, "MAX_STEPS", 20)
+    scheduler = make(name, True)
+    scheduler.set_timesteps(90)
+    before = _steps_alive()
+    for i, t in enumerate(scheduler.timesteps):
+        scheduler.step(x32, t, x32)
+        if i % 9 == 0:
+            assert _steps_alive() - before <= 20
+    configuration = site_of(scheduler).state.schedule.configuration()  # type: ignore[union-attr]
+    assert len(configuration._numbers) <= 20
+    for t in scheduler.timesteps:
+        if name != "DDIMScheduler":  # which counts no steps
+            scheduler._step_index = None
+            scheduler.scale_model_input(x32, t)
+    assert len(configuration._starts) <= MAX_PLACES
+    assert len(configuration._places) <= MAX_PLACES

@@ -10,7 +10,7 @@ import pytest
 import torch
 from checks import DPM, every_sampler, one_step
 from torch import Tensor
-from trajectory import attributes, make, set_timesteps
+from trajectory import attributes, make, served, set_timesteps
 
 
 def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -97,6 +97,48 @@ def test_writes_between_generations(table: str) -> None:
         if turn == 2:
             for scheduler in (stock, patched):
                 getattr(scheduler, table).div_(2, rounding_mode="floor" if table == "timesteps" else None)
+
+
+def test_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``device="cuda"`` is another device after ``torch.cuda.set_device``."""
+    patched = make(DPM, True)
+    calls = _count_calls(patched, monkeypatch)
+    known = []
+    for gpu in (None, 0, 1, 0, 1):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda gpu=gpu: gpu is not None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda gpu=gpu: gpu)
+        for _ in range(2):
+            calls.clear()
+            patched.set_timesteps(4)
+            known.append(not calls)
+    assert known == [False, False, False, True, False, True, True, True, True, True]
+
+
+@pytest.mark.parametrize("value", [np.ones(1), [1.0], {}], ids=str)
+@pytest.mark.parametrize("name", ["dt", "_begin_index"])
+def test_state_that_does_not_hash(name: str, value: Any) -> None:
+    """Such a thing among the counters is none that a call is looked up by."""
+    stock, patched = make("HeunDiscreteScheduler"), make("HeunDiscreteScheduler", True)
+    for turn in range(4):
+        for scheduler in (stock, patched):
+            if turn == 2:
+                setattr(scheduler, name, value)
+            scheduler.set_timesteps(4)
+        _assert_same(attributes(patched), attributes(stock))
+        ours, theirs = (one_step(scheduler).prev_sample for scheduler in (patched, stock))
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        assert served(patched) in ("cpu", "eager")
+    for scheduler in (stock, patched):
+        setattr(scheduler, name, value)
+    outcomes = []
+    for scheduler in (stock, patched):
+        try:
+            outcomes.append(one_step(scheduler, index=1).prev_sample)
+        except Exception as error:
+            outcomes.append(type(error))
+    ours, theirs = outcomes
+    assert ours is theirs if isinstance(theirs, type) else torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert served(patched).startswith("stock: ") is (name == "dt")  # the other counts on the first step only
 
 
 def test_default_dtype() -> None:
