@@ -63,7 +63,8 @@ def test_gpu_phases_are_cut_and_fail() -> None:
     assert (became["models"], became["memory"]) == ("failed", "ok")
 
 
-def test_gpu_processes_end_in_time() -> None:
+def test_gpu_processes_end_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PATIENCE_S", 0.5)  # of those that ignore interrupts, as what a shell put aside does
     assert gpu.run_process(["-c", "raise SystemExit(3)"], 60.0) == 3
     assert gpu.run_process(["-c", "import time; time.sleep(600)"], 0.2) is None
 
