@@ -8,6 +8,8 @@ import pytest
 import torch
 from trajectory import AVAILABLE, SHAPE, Walk, error, run
 
+from fastdiff import _extension
+
 DPM = "DPMSolverMultistepScheduler"
 CORE = ("DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", DPM)
 every_sampler = pytest.mark.parametrize("name", AVAILABLE)
@@ -19,6 +21,19 @@ def compare(stock: Any, patched: Any, **options: Any) -> None:
     assert len(ours) == len(theirs)
     assert {record["site"] for record in ours} == {"eager"}
     assert max(error(a["prev_sample"], b["prev_sample"]) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+
+
+def count_bound(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """An entry for each step, from now on, that a CPU runs by its addresses, without torch's dispatcher."""
+    calls: list[Any] = []
+    bind = _extension.module.bind_scheduler_step  # type: ignore[union-attr]
+
+    def counted(*arguments: Any) -> Any:
+        step = bind(*arguments)
+        return lambda *addresses: calls.append(addresses) or step(*addresses)
+
+    monkeypatch.setattr(_extension.module, "bind_scheduler_step", counted)
+    return calls
 
 
 def one_step(scheduler: Any, dtype: torch.dtype = torch.float32, index: int = 0, **step: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checks import compare, every_sampler
+from checks import compare, count_bound, every_sampler
 from trajectory import SHAPE, Walk, error, fields, make, run, served, set_timesteps
 
 from fastdiff.patching import patch, patch_of, unpatch
@@ -123,12 +123,28 @@ def test_copies_in_the_middle(name: str, how: Callable[[Any], Any]) -> None:
 THREADED = ("DDIMScheduler", "UniPCMultistepScheduler", "HeunDiscreteScheduler", "SASolverScheduler", "LCMScheduler")
 
 
-def test_threads() -> None:
+def _sample(scheduler: Any, seed: int) -> torch.Tensor:
+    """The end of a trajectory in fp32, under no mode: on a CPU its steps are bound."""
+    set_timesteps(scheduler, 6)
+    inputs = torch.Generator().manual_seed(seed)
+    walk = Walk(scheduler)
+    if "generator" in inspect.signature(type(scheduler).step).parameters:
+        walk.arguments["generator"] = inputs
+    sample = torch.randn(SHAPE, generator=inputs)
+    for i in range(len(walk.timesteps)):
+        sample = fields(walk.step(i, torch.randn(SHAPE, generator=inputs), sample))["prev_sample"]
+    return sample
+
+
+@pytest.mark.kernel
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every thread steps its own schedulers, known ones and new ones, and gets what one thread alone gets."""
     def trajectories(schedulers: list[Any], seed: int) -> list[torch.Tensor]:
-        return [run(s, torch.float64, steps=6, seed=seed)[-1]["prev_sample"] for s in schedulers]
+        return [_sample(s, seed) for s in schedulers]
 
+    calls = count_bound(monkeypatch)
     expected = [trajectories([make(name, True) for name in THREADED], seed) for seed in range(4)]
+    alone_count = len(calls)
     sets = [[make(name, True) for name in THREADED] for _ in range(4)]
     results: list[list[list[torch.Tensor]]] = [[] for _ in sets]
     start = threading.Barrier(len(sets))
@@ -143,6 +159,7 @@ def test_threads() -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(calls) == 3 * alone_count > 0
     for ours, alone in zip(results, expected, strict=True):
         assert len(ours) == 2
         assert all(torch.equal(a, b) for again in ours for a, b in zip(again, alone, strict=True))

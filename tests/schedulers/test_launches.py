@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
-from checks import DPM, every_sampler
+from checks import DPM, count_bound, every_sampler
 from torch.utils._python_dispatch import TorchDispatchMode
 from trajectory import SHAPE, Walk, fields, make, run, scale, set_timesteps, x32
 
@@ -22,6 +23,22 @@ from fastdiff.schedulers.schedule import MAX_CONFIGURATIONS, MAX_PLACES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_kernel_serves(name: str, dtype: torch.dtype) -> None:
     assert {record["site"] for record in run(make(name, True), dtype)} == {"cpu"}
+
+
+@pytest.mark.kernel
+@every_sampler
+def test_steps_are_bound(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, every step calls the kernel by address, new or known."""
+    calls = count_bound(monkeypatch)
+    scheduler = make(name, True)
+    for _ in range(3):
+        set_timesteps(scheduler, 4)
+        walk = Walk(scheduler)
+        sample = torch.randn(SHAPE)
+        calls.clear()
+        for index in range(len(walk.timesteps)):
+            sample = fields(walk.step(index, sample.flip(0), sample))["prev_sample"]
+        assert len(calls) == len(walk.timesteps)
 
 
 #: Operations that launch nothing: a timestep picked from the schedule, and expanded.
@@ -91,22 +108,29 @@ def test_coefficients_are_kept_and_bounded(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(state.schedule.configurations) == MAX_CONFIGURATIONS
 
 
-def _steps_alive() -> int:
-    gc.collect()
-    return sum(type(found) is Step for found in gc.get_objects())
+class _Counted(Step):
+    """A step that is counted as long as it is alive."""
+
+    __slots__ = ("__weakref__",)
+    alive: ClassVar[WeakSet[Step]] = WeakSet()
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.alive.add(self)
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "KDPM2AncestralDiscreteScheduler"])
 def test_memory_is_bounded(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each step leads to the next; those of a trajectory longer than what is kept go all the same."""
     monkeypatch.setattr(stepper, "MAX_STEPS", 20)
+    monkeypatch.setattr(stepper, "Step", _Counted)
+    _Counted.alive.clear()
     scheduler = make(name, True)
-    scheduler.set_timesteps(90)
-    before = _steps_alive()
-    for i, t in enumerate(scheduler.timesteps):
+    scheduler.set_timesteps(70)
+    for t in scheduler.timesteps:
         scheduler.step(x32, t, x32)
-        if i % 9 == 0:
-            assert _steps_alive() - before <= 20
+    gc.collect()
+    assert 0 < len(_Counted.alive) <= 20
     configuration = site_of(scheduler).state.schedule.configuration()  # type: ignore[union-attr]
     assert len(configuration._numbers) <= 20
     for t in scheduler.timesteps:

@@ -133,7 +133,6 @@ def run(
     inputs_dtype: torch.dtype | None = None,
     schedule: dict[str, Any] | None = None,
     step: dict[str, Any] | None = None,
-    nudge: bool = False,
 ) -> list[dict[str, Any]]:
     """Sample with random model outputs; per step the result, and the attributes the step left behind.
 
@@ -141,7 +140,6 @@ def run(
         dtype: of sample and model outputs.
         wide: inputs are those of ``inputs_dtype``, computed on in fp64; the noise is drawn in these dtypes.
         schedule, step: further arguments of ``set_timesteps`` and of the step.
-        nudge: change the inputs in their last place.
     """
     inputs = torch.Generator().manual_seed(seed)
     noise = torch.Generator().manual_seed(seed + 1)
@@ -152,8 +150,7 @@ def run(
 
     def draw(scale: float = 1.0) -> Tensor:
         x = scale * torch.randn(SHAPE, generator=inputs, dtype=torch.float64)
-        x = x.to(inputs_dtype or dtype).to(dtype)
-        return x * (1 + torch.finfo(dtype).eps) if nudge else x
+        return x.to(inputs_dtype or dtype).to(dtype)
 
     sample = draw(float(getattr(scheduler, "init_noise_sigma", 1.0)))
     arguments = dict(step or {})
