@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -76,7 +77,7 @@ def changes_by(scheduler: Any, call: Callable[[], None]) -> dict[str, Any] | Non
         old, contents = before.pop(name, (changes, None))
         if value is not old:
             changes[name] = value
-        elif _contents(value) != contents:
+        elif not _is_as_before(value, contents):
             return None
     if before or logged or not all(map(_can_copy, changes.values())):
         return None
@@ -89,7 +90,15 @@ def _contents(value: Any) -> Any:
         return None if value.is_inference() else value._version
     if isinstance(value, np.ndarray):
         return value.tobytes()
-    return [*map(id, value)] if isinstance(value, list) else None
+    return value.copy() if isinstance(value, list) else None
+
+
+def _is_as_before(value: Any, contents: Any) -> bool:
+    """Whether nobody wrote to a value since :func:`_contents`. A list holds the same objects, none of which is gone:
+    another one may come to have its address."""
+    if isinstance(value, list):
+        return len(value) == len(contents) and all(map(operator.is_, value, contents))
+    return bool(_contents(value) == contents)
 
 
 def _can_copy(value: Any) -> bool:

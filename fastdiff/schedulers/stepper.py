@@ -69,7 +69,9 @@ class Stepper:
         self.schedule = Schedule(self.scheduler, sampler)
         self._moved: tuple[Tensor, int, Tensor] | None = None
         self._past: list[tuple[Any, Moment | None]] = []
-        # Where the trajectory is, the attributes that the scheduler had there, and what its lists held.
+        # Where the trajectory is, the attributes that the scheduler had there, and what its lists held. These keep the
+        # history's tensors until the next step or schedule, even if the scheduler drops them before: by weak references
+        # every step would have to look each one up.
         self._place: Place | None = None
         self._left: dict[str, Any] = {}
         self._contents: list[list[Any]] = []

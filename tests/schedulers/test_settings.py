@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ import torch
 from checks import DPM, every_sampler, one_step
 from torch import Tensor
 from trajectory import attributes, make, served, set_timesteps
+
+from fastdiff.schedulers.setting import changes_by
 
 
 def _assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -139,6 +142,18 @@ def test_state_that_does_not_hash(name: str, value: Any) -> None:
     ours, theirs = outcomes
     assert ours is theirs if isinstance(theirs, type) else torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     assert served(patched).startswith("stock: ") is (name == "dt")  # the other counts on the first step only
+
+
+def test_list_written_in_place() -> None:
+    """An element that is replaced counts, even where the new one has the address of the old one."""
+    thing: Any = SimpleNamespace(items=[object()])
+
+    def replace() -> None:
+        thing.items[0] = None  # frees its memory, which the next object takes
+        thing.items[0] = object()
+
+    assert changes_by(thing, lambda: None) == {}
+    assert changes_by(thing, replace) is None
 
 
 def test_default_dtype() -> None:
