@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setenv("FASTDIFF_CACHE", str(tmp_path))
-    monkeypatch.setattr(losses, "measured_on", {})
+    monkeypatch.setattr(losses, "fastest", {})
     _config.forget()
     yield
     _config.forget()
