@@ -48,24 +48,24 @@ class Kernel:
     """One backend's implementation of one op.
 
     Attributes:
-        yields: why torch serves a call better although the kernel takes it, or ``None``; not asked where the backend is
-            demanded strictly.
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
         on_request: serve only where the backend is asked for by name, or was measured to be the fastest; see
             :mod:`fastdiff.backends.losses`.
         prepare: from a call with some arguments, what serves all calls that differ in their tensors only, given the
             tensors alone (of the same classes, dtypes, shapes and devices, not needing a gradient); ``None`` if that is
             not worth the while.
+        yields: why torch serves a call better although the kernel takes it, or ``None``; not asked where the backend is
+            demanded strictly.
     """
 
     op: str
     backend: str
     run: Callable[..., Any]
     refuse: Refuse
-    yields: Refuse | None = field(default=None, kw_only=True)
     differentiable: Refuse | None = None
     on_request: bool = False
     prepare: Prepare | None = None
+    yields: Refuse | None = None
     choice: Choice = field(init=False)
     choice_with_gradient: Choice | None = field(init=False, default=None)
 

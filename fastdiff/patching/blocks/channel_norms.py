@@ -38,8 +38,15 @@ class ChannelNorm:
     inner: str = ""
 
 
-def _group_norm(site: Site, norm: Any, x: Tensor, *, silu: bool) -> Tensor:
-    return site.serve("norm", group_norm_silu, x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
+def group_norm(site: Site, norm: Any, x: Tensor, *, silu: bool, slot: str = "norm") -> Tensor:
+    """The GroupNorm ``norm`` of x (B, C, *spatial)."""
+    return site.serve(slot, group_norm_silu, x, norm.num_groups, norm.weight, norm.bias, norm.eps, silu=silu)
+
+
+def group_norm_by_frames(site: Site, norm: Any, x: Tensor, *, silu: bool, slot: str = "norm") -> Tensor:
+    """The GroupNorm ``norm`` of each frame of x (B, C, T, H, W)."""
+    h = group_norm(site, norm, x.transpose(1, 2).flatten(0, 1), silu=silu, slot=slot)
+    return h.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 def _normalize(site: Site, norm: Any, x: Tensor, *, silu: bool) -> Tensor:
@@ -49,7 +56,7 @@ def _normalize(site: Site, norm: Any, x: Tensor, *, silu: bool) -> Tensor:
 
 
 def _why_not_normalize(norm: Any, x: Tensor) -> str | None:
-    return why_stock(x) or _why_not_weight(norm.gamma, x)
+    return why_stock(x) or why_not_weight(norm.gamma, x)
 
 
 def _rms_norm(site: Site, norm: Any, x: Tensor, *, silu: bool) -> Tensor:
@@ -59,7 +66,7 @@ def _rms_norm(site: Site, norm: Any, x: Tensor, *, silu: bool) -> Tensor:
 
 
 def _why_not_rms_norm(norm: Any, x: Tensor) -> str | None:
-    return why_stock(x) or (None if norm.weight is None else _why_not_weight(norm.weight, x))
+    return why_stock(x) or (None if norm.weight is None else why_not_weight(norm.weight, x))
 
 
 def _per_channel(site: Site, norm: Any, x: Tensor, channel_dim: int | None = None, *, silu: bool) -> Tensor:
@@ -70,7 +77,8 @@ def _why_not_per_channel(norm: Any, x: Tensor, channel_dim: int | None = None) -
     return why_stock(x) or (None if norm.channel_dim == 1 else "its channels are another axis")
 
 
-def _why_not_weight(weight: Tensor, x: Tensor) -> str | None:
+def why_not_weight(weight: Tensor, x: Tensor) -> str | None:
+    """Why the kernels cannot take a norm's weight beside x, or ``None``."""
     if weight.device != x.device:
         return f"a norm's weight is on {weight.device.type}"
     if weight.dtype != x.dtype:  # stock code computes on in the wider type
@@ -79,9 +87,7 @@ def _why_not_weight(weight: Tensor, x: Tensor) -> str | None:
 
 
 def _by_frames(site: Site, norm: Any, x: Tensor, *, silu: bool) -> Tensor:
-    """A GroupNorm of each frame of (B, C, T, H, W)."""
-    h = _group_norm(site, norm.norm_layer, x.transpose(1, 2).flatten(0, 1), silu=silu)
-    return h.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+    return group_norm_by_frames(site, norm.norm_layer, x, silu=silu)
 
 
 def _spatial(
@@ -92,7 +98,7 @@ def _spatial(
     zq = once(zq, ("nearest frames", f.shape[-3:]), lambda zq: _enlarged(zq, f.shape[-3:]))
     scale, kept["conv_y"] = norm.conv_y(zq, conv_cache=caches.get("conv_y"))
     shift, kept["conv_b"] = norm.conv_b(zq, conv_cache=caches.get("conv_b"))
-    h = torch.addcmul(shift, _group_norm(site, norm.norm_layer, f, silu=False), scale)
+    h = torch.addcmul(shift, group_norm(site, norm.norm_layer, f, silu=False), scale)
     return (F.silu(h, inplace=not torch.is_grad_enabled()) if silu else h), kept
 
 
@@ -137,7 +143,7 @@ _OWN: dict[str, ChannelNorm] = {
 }
 #: Class of norms -> what fastdiff knows of it.
 NORMS: dict[str, ChannelNorm] = {
-    GROUP_NORM: ChannelNorm("GroupNorm", _group_norm, lambda norm, x: why_stock(x)),
+    GROUP_NORM: ChannelNorm("GroupNorm", group_norm, lambda norm, x: why_stock(x)),
     **_OWN,
 }
 

@@ -80,12 +80,27 @@ def double_block(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Replaces the forwards of ``HunyuanVideoTransformerBlock`` and ``HunyuanVideoTokenReplaceTransformerBlock``."""
+    return _double(
+        self, hidden_states, encoder_hidden_states, temb, attention_mask, freqs_cis, token_replace_emb, num_tokens
+    )
+
+
+def _double(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    attention_mask: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    token_replace_emb: Any = None,
+    num_tokens: Any = None,
+) -> tuple[Tensor, Tensor]:
     site = self._fastdiff_site
     hidden_states = hidden_states.contiguous()  # the first block gets a transposed view of the patch embedding
     first, h, modulations = _normed(self.norm1, hidden_states, temb, token_replace_emb, num_tokens)
     text, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
     out, text_out = self.attn(
-        hidden_states=h, encoder_hidden_states=text, attention_mask=attention_mask, image_rotary_emb=freqs_cis
+        hidden_states=h, encoder_hidden_states=text, attention_mask=attention_mask, image_rotary_emb=rope
     )
     residuals, normed = [], []
     for name, x, branch, (gate, shift, scale, _) in _parts(first, hidden_states, out, modulations):
@@ -112,9 +127,7 @@ def image_double_block(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``HunyuanImageTransformerBlock.forward``: the same, with another argument's name."""
-    inputs = hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb
-    result: tuple[Tensor, Tensor] = double_block(self, *inputs)
-    return result
+    return _double(self, hidden_states, encoder_hidden_states, temb, attention_mask, image_rotary_emb)
 
 
 @guarded()

@@ -14,11 +14,20 @@ from diffusers.models.attention_processor import MochiVaeAttnProcessor2_0
 from diffusers.models.normalization import LpNorm
 from torch import Tensor, nn
 
-from fastdiff.ops import attention, group_norm_silu, qk_norm_rope, rms_norm_silu
+from fastdiff.ops import attention, qk_norm_rope, rms_norm_silu
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, drop, forward, has_hooks, has_own_forward, is_plain, why_stock
 from fastdiff.patching.blocks.attention import ATTENTION, why_not_mode
-from fastdiff.patching.blocks.channel_norms import ANYWHERE, GROUP_NORM, RMS_NORM, norm_row, sources_of
+from fastdiff.patching.blocks.channel_norms import (
+    ANYWHERE,
+    GROUP_NORM,
+    RMS_NORM,
+    group_norm,
+    group_norm_by_frames,
+    norm_row,
+    sources_of,
+    why_not_weight,
+)
 from fastdiff.patching.blocks.joint_attention import heads_of
 from fastdiff.patching.blocks.norm_out import norm_out, then_silu
 from fastdiff.patching.families import Family
@@ -84,9 +93,7 @@ def _why_not_norm(norm: Any, x: Tensor) -> str | None:
     if has_own_forward(norm) or has_hooks(norm):
         return "a norm has hooks"
     weight = getattr(norm, "weight", None)
-    if weight is not None and (weight.device != x.device or weight.dtype != x.dtype):
-        return f"a norm's weight is {str(weight.dtype)[6:]} on {weight.device.type}"
-    return None
+    return None if weight is None else why_not_weight(weight, x)
 
 
 def _ltx_resnet(cls: str, norm: str) -> Block:
@@ -112,9 +119,7 @@ def magvit_resnet(self: Any, hidden_states: Tensor) -> Tensor:
         return site.stock(reason, self, hidden_states)
 
     def activated(slot: str, norm: Any, x: Tensor) -> Tensor:
-        frames = x.transpose(1, 2).flatten(0, 1) if self.spatial_group_norm else x
-        h = site.serve(slot, group_norm_silu, frames, norm.num_groups, norm.weight, norm.bias, norm.eps)
-        return h.unflatten(0, (x.shape[0], -1)).transpose(1, 2) if self.spatial_group_norm else h
+        return (group_norm_by_frames if self.spatial_group_norm else group_norm)(site, norm, x, silu=True, slot=slot)
 
     h = self.conv1(activated("norm1", self.norm1, hidden_states))
     h = self.conv2(drop(self.dropout, activated("norm2", self.norm2, h)))
