@@ -294,6 +294,7 @@ def cases() -> list[ModelCase]:
     dit = lambda size: _model("DiTTransformer2DModel", sample_size=size, **DIT)  # noqa: E731
     flux, wan = functools.partial(_model, "FluxTransformer2DModel"), functools.partial(_model, "WanTransformer3DModel")
     few_flux, few_wan = FLUX | {"num_layers": 1, "num_single_layers": 2}, WAN | {"num_layers": 2}
+    flux_pair = FLUX | {"num_layers": 1, "num_single_layers": 1}
     return [
         _case("SD1.5 U-Net 256x256 batch 2", sd, _unet_inputs, 2, 32, 768, on_cpu=True, fp32=1.05, bf16=1.12),
         _case("DiT-XL/2 256x256 batch 2", dit(32), _dit_inputs, 32, on_cpu=True, fp32=1.15, bf16=1.15, cuda=8.0,
@@ -301,6 +302,7 @@ def cases() -> list[ModelCase]:
         _case("SD VAE decode 256x256", vae, _latents, 4, 32, 32, call=_decode, on_cpu=True),
         _case("SD VAE decode 512x512", vae, _latents, 4, 64, 64, call=_decode, on_cpu=True, fp32=1.25, bf16=1.25),
         _case("Flux, 3 blocks, 512x512", flux(**few_flux), _flux_inputs, 32, 128, on_cpu=True, bf16=1.15),
+        _case("Flux, 2 blocks, 1024x1024", flux(**flux_pair), _flux_inputs, 64, 512, on_cpu=True, bf16=1.15),
         _case("Wan 1.3B, 2 blocks, 17 frames 240x416", wan(**few_wan), _wan_inputs, 5, 30, 52, on_cpu=True, bf16=1.15),
         _case("SD1.5 U-Net 512x512 batch 2", sd, _unet_inputs, 2, 64, 768, on_cpu=True, cuda=3.5, compiled=1.15),
         _case("SDXL U-Net 1024x1024 batch 2", xl, _unet_inputs, 2, 128, 2048, cuda=1.35, compiled=1.1),

@@ -93,8 +93,8 @@ Moments measure_rows(const T* x, int64_t stride, int64_t rows, int64_t n, const 
   return moments;
 }
 
-// Per channel, sums of d = x - centre and of d^2 over `pixels` pixels; V vectors of channels at a time, the last
-// one of `last` channels.
+// Per channel, sums of d = x - centre and of d^2 over `pixels` pixels of V vectors of channels, the last one of `last`
+// channels.
 template <int V, class T>
 void channel_sums(const T* x, int64_t stride, int64_t pixels, int64_t last, const float* centre, float* sum,
                   float* square) {
@@ -129,21 +129,36 @@ void channel_sums(const T* x, int64_t stride, int64_t pixels, int64_t last, cons
   }
 }
 
+// The same in memory order, with the sums in L1: reading a part of each pixel at a time instead takes 1.7 times as long
+// (Zen 4, 320 channels), because the prefetchers lose the order.
+template <class T>
+void channel_sums_in_order(const T* x, int64_t stride, int64_t pixels, int64_t channels, const float* centre, float* sum,
+                           float* square) {
+  const bool ahead = prefetch_pays<T>();
+  std::fill_n(sum, channels, 0.0f), std::fill_n(square, channels, 0.0f);
+  for (int64_t p = 0; p < pixels; ++p, x += stride) {
+    const auto add = [&](int64_t c, auto lanes) {
+      if (ahead) read_ahead(x + c);
+      const Vec d = load(x + c, lanes) - load(centre + c, lanes);
+      store(sum + c, load(sum + c, lanes) + d, lanes);
+      store(square + c, fma(d, d, load(square + c, lanes)), lanes);
+    };
+    int64_t c = 0;
+    for (; c + Vec::size <= channels; c += Vec::size) add(c, All{});
+    if (c < channels) add(c, channels - c);
+  }
+}
+
 template <class T>
 void channel_sums(const T* x, int64_t stride, int64_t pixels, int64_t channels, const float* centre, float* sum,
                   float* square) {
-  constexpr int64_t w = Vec::size;
-  for (int64_t c = 0; c < channels;) {
-    const int64_t left = channels - c, vectors = std::min<int64_t>((left + w - 1) / w, 5);
-    const int64_t width = std::min(left, vectors * w), last = width - (vectors - 1) * w;
-    switch (vectors) {
-      case 1: channel_sums<1>(x + c, stride, pixels, last, centre + c, sum + c, square + c); break;
-      case 2: channel_sums<2>(x + c, stride, pixels, last, centre + c, sum + c, square + c); break;
-      case 3: channel_sums<3>(x + c, stride, pixels, last, centre + c, sum + c, square + c); break;
-      case 4: channel_sums<4>(x + c, stride, pixels, last, centre + c, sum + c, square + c); break;
-      default: channel_sums<5>(x + c, stride, pixels, last, centre + c, sum + c, square + c);
-    }
-    c += width;
+  const int64_t vectors = (channels + Vec::size - 1) / Vec::size, last = channels - (vectors - 1) * Vec::size;
+  switch (vectors) {
+    case 1: return channel_sums<1>(x, stride, pixels, last, centre, sum, square);
+    case 2: return channel_sums<2>(x, stride, pixels, last, centre, sum, square);
+    case 3: return channel_sums<3>(x, stride, pixels, last, centre, sum, square);
+    case 4: return channel_sums<4>(x, stride, pixels, last, centre, sum, square);
+    default: return channel_sums_in_order(x, stride, pixels, channels, centre, sum, square);
   }
 }
 

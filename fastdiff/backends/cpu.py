@@ -23,13 +23,14 @@ _AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
 def run_overload(op: str) -> Callable[..., Any]:
     """A call of ``torch.ops.fastdiff.<op>``, which dispatches to the kernel of the tensors' device."""
     overload = getattr(torch.ops.fastdiff, op).default
+    builtin = overload._op  # what a call of the overload calls, 0.6 us later
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return overload(*args, **kwargs)
         # refuse() has excluded gradients, so the Python kernel at the Autograd key (2 us) is skipped.
         with _AutoDispatchBelowAutograd():
-            return overload(*args, **kwargs)
+            return builtin(*args, **kwargs)
 
     return run
 

@@ -74,9 +74,15 @@ def modulated_silu(y: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | N
 
 
 def check_per_channel(
-    op: str, x: Tensor, parameters: dict[str, Tensor | None], modulations: dict[str, Tensor | None]
+    op: str,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    temb: Tensor | None = None,
 ) -> None:
-    """Raise ``ValueError`` unless x is (B, C, *spatial), parameters are (C,) and modulations (B, C, 1, ..., 1)."""
+    """Raise ``ValueError`` unless x is (B, C, *spatial), weight and bias are (C,) and the others (B, C, 1, ..., 1)."""
     dim = x.dim()
     if not x.is_floating_point():
         raise ValueError(f"{op}: x is {str(x.dtype)[6:]}, expected floating point")
@@ -85,10 +91,10 @@ def check_per_channel(
     batch, channels = x.shape[:2]
     if channels == 0:
         raise ValueError(f"{op}: x has no channels")
-    for name, parameter in parameters.items():
+    for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.shape != (channels,):
             raise ValueError(f"{op}: {name} has shape {tuple(parameter.shape)}; expected ({channels},)")
-    for name, modulation in modulations.items():
+    for name, modulation in (("temb", temb), ("scale", scale), ("shift", shift)):
         if modulation is None:
             continue
         shape = modulation.shape
@@ -120,9 +126,7 @@ def _check(
     silu: bool = True,
     tokens: bool = False,
 ) -> None:
-    check_per_channel(
-        "group_norm_silu", x, {"weight": weight, "bias": bias}, {"temb": temb, "scale": scale, "shift": shift}
-    )
+    check_per_channel("group_norm_silu", x, weight, bias, scale, shift, temb)
     channels = x.shape[1]
     if num_groups < 1 or channels % num_groups:
         raise ValueError(f"group_norm_silu: {channels} channels do not divide into {num_groups} groups")

@@ -77,4 +77,4 @@ def _check(
     clamp: bool = False,
     silu: bool = True,
 ) -> None:
-    check_per_channel("rms_norm_silu", x, {"weight": weight, "bias": bias}, {"scale": scale, "shift": shift})
+    check_per_channel("rms_norm_silu", x, weight, bias, scale, shift)

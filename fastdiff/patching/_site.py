@@ -206,7 +206,7 @@ class Site:
 
     def serve(self, slot: str, op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``op`` by whatever serves it, and note that under ``slot``."""
-        choice = self.choose(op, *args, **kwargs)
+        choice = op.choose(*args, **kwargs) if self.backend is None else self.choose(op, *args, **kwargs)
         self.note(slot, choice)
         return choice.run(*args, **kwargs)
 
@@ -219,7 +219,7 @@ class Site:
 
     def note(self, slot: str, choice: Choice) -> None:
         """Note what serves this call under ``slot``."""
-        if not torch.compiler.is_compiling() and self.served.get(slot) is not choice:
+        if self.served.get(slot) is not choice and not torch.compiler.is_compiling():
             self.served[slot] = choice
             self.declined = ""
 

@@ -29,6 +29,7 @@ OUTPUTS: dict[str, tuple[tuple[int, ...], float | None]] = {
     "SD VAE decode 256x256": ((1, 3, 256, 256), None),
     "SD VAE decode 512x512": ((1, 3, 512, 512), None),
     "Flux, 3 blocks, 512x512": ((1, 1024, 64), None),
+    "Flux, 2 blocks, 1024x1024": ((1, 4096, 64), None),
     "Wan 1.3B, 2 blocks, 17 frames 240x416": ((1, 16, 5, 30, 52), None),
     "SD1.5 U-Net 512x512 batch 2": ((2, 4, 64, 64), 1.61),
     "SDXL U-Net 1024x1024 batch 2": ((2, 4, 128, 128), 13.5),

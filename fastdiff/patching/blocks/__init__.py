@@ -70,7 +70,7 @@ def why_stock(x: Tensor, *norms: nn.Module, kind: type[nn.Module] = nn.GroupNorm
     for norm in norms:
         if type(norm) is not kind:
             return f"a norm is a {type(norm).__name__}"
-        if has_own_forward(norm) or has_hooks(norm):
+        if not is_unwatched(norm):
             return "a norm has hooks"
         weight = parameter(norm, "weight")
         if weight is not None and weight.device != device:
@@ -95,15 +95,17 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody put another forward on the module. Hooks that were removed leave the stock method behind."""
-    state = module.__dict__
-    return "forward" in state and getattr(state["forward"], "__func__", None) is not type(module).forward
+def is_unwatched(module: nn.Module) -> bool:
+    """Whether the module's forward is the one of its class, and nobody sees it being called."""
+    own = module.__dict__.get("forward")
+    if own is not None and getattr(own, "__func__", None) is not type(module).forward:
+        return False  # hooks that were removed leave the stock method behind
+    return not has_hooks(module)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether the module does what its class ``kind`` does, and nobody sees it being called."""
-    return type(module) is kind and not has_own_forward(module) and not has_hooks(module)
+    return type(module) is kind and is_unwatched(module)
 
 
 def drop(dropout: nn.Module, x: Tensor) -> Tensor:
@@ -152,4 +154,4 @@ def activated_once(activation: nn.Module, x: Tensor) -> Tensor:
     kind = type(activation)
     if kind not in (nn.SiLU, nn.GELU) or not is_plain(activation, kind):
         return activation(x)
-    return once(x, (kind, getattr(activation, "approximate", None)), activation)
+    return once(x, (kind, activation.__dict__.get("approximate")), activation)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastdiff.ops import adaln_modulate, gate_residual_adaln
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import has_hooks, has_own_forward, why_stock
+from fastdiff.patching.blocks import is_unwatched, why_stock
 
 #: Class -> whether it is an RMSNorm. A family's file may add a class of its own, with :func:`also_rms`.
 _IS_RMS: dict[type[nn.Module], bool] = {
@@ -42,7 +42,7 @@ def why_not_norms(x: Tensor, *norms: Any) -> str | None:
             continue
         if type(norm) not in _IS_RMS:
             return f"a norm is a {type(norm).__name__}"
-        if has_own_forward(norm) or has_hooks(norm):
+        if not is_unwatched(norm):
             return "a norm has hooks"
         weight = _own(norm, "weight")
         if weight is None:

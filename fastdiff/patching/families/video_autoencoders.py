@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastdiff.ops import attention, qk_norm_rope, rms_norm_silu
 from fastdiff.patching._site import Site
-from fastdiff.patching.blocks import Block, drop, forward, has_hooks, has_own_forward, is_plain, why_stock
+from fastdiff.patching.blocks import Block, drop, forward, is_plain, is_unwatched, why_stock
 from fastdiff.patching.blocks.attention import ATTENTION, why_not_mode
 from fastdiff.patching.blocks.channel_norms import (
     ANYWHERE,
@@ -90,7 +90,7 @@ def _noisy(h: Tensor, scale: Tensor | None, generator: torch.Generator | None) -
 
 
 def _why_not_norm(norm: Any, x: Tensor) -> str | None:
-    if has_own_forward(norm) or has_hooks(norm):
+    if not is_unwatched(norm):
         return "a norm has hooks"
     weight = getattr(norm, "weight", None)
     return None if weight is None else why_not_weight(weight, x)
@@ -173,7 +173,7 @@ def _why_not_causal(attn: Any) -> str | None:
     for norm in (attn.norm_q, attn.norm_k):
         if type(norm) is not LpNorm or (norm.p, norm.dim) != (2, -1):
             return "its queries or keys are not normalised to length 1"
-        if has_own_forward(norm) or has_hooks(norm):
+        if not is_unwatched(norm):
             return "a norm has hooks"
     return None
 
