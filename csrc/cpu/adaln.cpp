@@ -98,12 +98,11 @@ class Affine {
   const void *scale_ = nullptr, *shift_ = nullptr;
 };
 
-// y = residual + gate * x; `wide`, unless null, receives y as rounded.
+// y = residual + gate * x; `wide`, unless null, receives y as rounded, which is not to stream then.
 template <class T>
-void gated_row(const T* x, const float* gate, const T* residual, T* y, float* wide, int64_t n) {
+void gated_row(const T* x, const float* gate, const T* residual, T* y, float* wide, int64_t n, bool past) {
   for_each_vec(n, [&](int64_t i, int, auto lanes) {
-    const Vec value = fma(load(gate + i, lanes), load(x + i, lanes), load(residual + i, lanes));
-    store(y + i, value, lanes);
+    write(y + i, fma(load(gate + i, lanes), load(x + i, lanes), load(residual + i, lanes)), lanes, past);
     if (wide) store(wide + i, load(y + i, lanes), lanes);
   });
 }
@@ -121,7 +120,7 @@ struct Next {
 
 // out = norm(x) * a + b
 template <bool rms, class S, class X, class T>
-void norm_row(const S* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps) {
+void norm_row(const S* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps, bool past) {
   const RowNorm norm = measure_row<rms>(x, n, eps);
   const Vec shift(norm.centre), factor(norm.factor), offset(norm.offset);
   const bool ahead = prefetch_pays<X>();
@@ -129,12 +128,12 @@ void norm_row(const S* x, Next<X> next, const float* a, const float* b, T* out, 
     if (ahead) next.fetch(i);
     Vec d = load(x + i, lanes);
     if constexpr (!rms) d = d - shift;
-    store(out + i, fma(fma(d, factor, offset), load(a + i, lanes), load(b + i, lanes)), lanes);
+    write(out + i, fma(fma(d, factor, offset), load(a + i, lanes), load(b + i, lanes)), lanes, past);
   });
 }
 
 template <class T>
-void rows(const AdalnArgs& args, int64_t begin, int64_t end) {
+void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
   const int64_t n = args.columns;
   const Scratch scratch(n);
   float *wide = scratch.row(0), *a = scratch.row(1), *b = scratch.row(2), *gate_copy = scratch.row(3);
@@ -147,7 +146,8 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end) {
     const bool gated = args.gate.data;
     if (const void* gate = position.of(args.gate)) {
       if (gate != last_gate) widen(gate, args.gate.dtype, gate_copy, n), last_gate = gate;
-      gated_row(x, gate_copy, residual, static_cast<T*>(args.y) + row * n, args.out ? wide : nullptr, n);
+      gated_row(x, gate_copy, residual, static_cast<T*>(args.y) + row * n, args.out ? wide : nullptr, n,
+                past && !args.out);
     }
     if (!args.out) continue;
     affine.at(position);
@@ -156,9 +156,9 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end) {
       auto* out = static_cast<decltype(tag)*>(args.out) + row * n;
       const auto normalize = [&]<bool rms>() {
         if (gated)
-          norm_row<rms>(wide, next, a, b, out, n, args.eps);
+          norm_row<rms>(wide, next, a, b, out, n, args.eps, past);
         else
-          norm_row<rms>(x, next, a, b, out, n, args.eps);
+          norm_row<rms>(x, next, a, b, out, n, args.eps, past);
       };
       args.rms ? normalize.template operator()<true>() : normalize.template operator()<false>();
     });
@@ -170,9 +170,15 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end) {
 void adaln(const AdalnArgs& args) {
   const int64_t count = args.size[0] * args.size[1] * args.size[2] * args.size[3];
   if (args.columns == 0) return;
+  bool past = false;  // of the result that nothing here reads
+  dispatch(args.out ? args.out_dtype : args.x.dtype, [&](auto tag) {
+    past = streams(static_cast<const decltype(tag)*>(args.out ? args.out : args.y), count * args.columns, args.columns);
+  });
   dispatch(args.x.dtype, [&](auto tag) {
-    parallel_for(0, count, 8192 / args.columns + 1,
-                 [&](int64_t begin, int64_t end) { rows<decltype(tag)>(args, begin, end); });
+    parallel_for(0, count, 8192 / args.columns + 1, [&](int64_t begin, int64_t end) {
+      rows<decltype(tag)>(args, begin, end, past);
+      if (past) finish_streaming();
+    });
   });
 }
 

@@ -14,14 +14,16 @@ void gelu_tanh(const GeluTanhArgs& args) {
     using T = decltype(tag);
     const T* x = static_cast<const T*>(args.x);
     T* out = static_cast<T*>(args.out);
+    const bool past = streams(out, args.numel, kBlock);
     parallel_for(0, (args.numel + kBlock - 1) / kBlock, 4, [&](int64_t begin, int64_t end) {
       int64_t i = begin * kBlock;
       const int64_t stop = end * kBlock < args.numel ? end * kBlock : args.numel;
       for (; i + Vec::size <= stop; i += Vec::size) {
         prefetch(x + i, kPrefetch);
-        store(out + i, tanh_gelu<T>(load(x + i)));
+        write(out + i, tanh_gelu<T>(load(x + i)), All{}, past);
       }
       if (i < stop) store(out + i, tanh_gelu<T>(load(x + i, stop - i)), stop - i);
+      if (past) finish_streaming();
     });
   });
 }

@@ -112,24 +112,26 @@ inline Vec finish(Vec x, Vec sub, Vec mul, Vec add) {
 }
 
 template <class T, bool silu>
-void map_row(const T* x, T* out, int64_t n, float sub, float mul, float add) {
+void map_row(const T* x, T* out, int64_t n, float sub, float mul, float add, bool past) {
   const Vec s(sub), m(mul), a(add);
   const bool ahead = prefetch_pays<T>();
   int64_t i = 0;
   for (; i + Vec::size <= n; i += Vec::size) {
-    if (ahead) read_ahead(x + i), write_ahead(out + i);
-    store(out + i, finish<T, silu>(load(x + i), s, m, a));
+    if (ahead) read_ahead(x + i);
+    if (ahead && !past) write_ahead(out + i);
+    write(out + i, finish<T, silu>(load(x + i), s, m, a), All{}, past);
   }
   if (i < n) store(out + i, finish<T, silu>(load(x + i, n - i), s, m, a), n - i);
 }
 
 template <class T, bool silu>
-void map_pixel(const T* x, T* out, int64_t channels, const Scratch& k) {
+void map_pixel(const T* x, T* out, int64_t channels, const Scratch& k, bool past) {
   const bool ahead = prefetch_pays<T>();
   int64_t c = 0;
   for (; c + Vec::size <= channels; c += Vec::size) {
-    if (ahead) read_ahead(x + c), write_ahead(out + c);
-    store(out + c, finish<T, silu>(load(x + c), load(k.sub + c), load(k.mul + c), load(k.add + c)));
+    if (ahead) read_ahead(x + c);
+    if (ahead && !past) write_ahead(out + c);
+    write(out + c, finish<T, silu>(load(x + c), load(k.sub + c), load(k.mul + c), load(k.add + c)), All{}, past);
   }
   if (const int64_t n = channels - c; n > 0)
     store(out + c, finish<T, silu>(load(x + c, n), load(k.sub + c, n), load(k.mul + c, n), load(k.add + c, n)), n);
@@ -152,7 +154,7 @@ void map_tile(const T* x, int64_t x_stride, T* out, int64_t out_stride, int64_t 
 }
 
 template <class T, bool silu, Layout layout>
-void map(const Problem& p, const Slice& s, const Scratch& k) {
+void map(const Problem& p, const Slice& s, const Scratch& k, bool past) {
   const GroupNormSiluArgs& a = p.args;
   const T* x = static_cast<const T*>(a.x) + s.b * a.x_batch_stride;
   T* out = static_cast<T*>(a.out) + s.b * a.channels * a.spatial;
@@ -160,11 +162,11 @@ void map(const Problem& p, const Slice& s, const Scratch& k) {
   if constexpr (layout == Layout::channel_major) {
     for (int64_t c = 0; c < channels; ++c) {
       const int64_t at = (s.c0 + c) * a.spatial + s.p0;
-      map_row<T, silu>(x + at, out + at, s.p1 - s.p0, k.sub[c], k.mul[c], k.add[c]);
+      map_row<T, silu>(x + at, out + at, s.p1 - s.p0, k.sub[c], k.mul[c], k.add[c], past);
     }
   } else if constexpr (layout == Layout::pixel_major) {
     for (int64_t i = s.p0; i < s.p1; ++i)
-      map_pixel<T, silu>(x + i * a.channels + s.c0, out + i * a.channels + s.c0, channels, k);
+      map_pixel<T, silu>(x + i * a.channels + s.c0, out + i * a.channels + s.c0, channels, k, past);
   } else {
     constexpr int64_t w = Vec::size;
     for (int64_t first = s.p0; first < s.p1; first += kTile)
@@ -207,6 +209,10 @@ void run(const Problem& p) {
     const int64_t slice = task / chunks, c0 = slice % slices * width, p0 = task % chunks * chunk;
     return Slice{slice / slices, c0, std::min(c0 + width, a.channels), p0, std::min(p0 + chunk, a.spatial)};
   };
+  // Rows of out that a slice writes start at multiples of this.
+  const int64_t unit = layout == Layout::pixel_major ? a.channels : std::gcd(a.spatial, chunk);
+  const bool past = layout != Layout::to_pixel_major &&
+                    streams(static_cast<const T*>(a.out), a.batch * a.channels * a.spatial, unit);
   std::vector<Moments> partial(chunks > 1 ? tasks * groups : 0);
   if (chunks > 1)
     parallel_for(0, tasks, grain, [&](int64_t begin, int64_t end) {
@@ -227,8 +233,9 @@ void run(const Problem& p) {
         for (int64_t i = 0; i < chunks * groups; ++i) moments[i % groups].merge(parts[i]);
       }
       fold(p, s, moments.data(), scratch);
-      map<T, silu, layout>(p, s, scratch);
+      map<T, silu, layout>(p, s, scratch, past);
     }
+    if (past) finish_streaming();
   });
 }
 
