@@ -5,7 +5,8 @@ which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of tw
 The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
 
 How many keys stay on the chip, in half precision; with more, and in fp32 with more than 128, the first kernel runs.
-Shared memory is the limit but for sm_80 and sm_89 at 160 (of 256: 128), where more would spill registers:
+Shared memory is the limit but at 160 (of 256: 128) with sm_80 and sm_89, and at head dimension 160, where more would
+spill registers:
 
 ==============  =====  =====  ===============
 head dimension  sm_80  sm_89  sm_90 and later
@@ -16,7 +17,7 @@ head dimension  sm_80  sm_89  sm_90 and later
 72, 80          160    160    512
 88, 96          160    160    512
 112, 128        160    160    416
-160             160    96     320
+160             160    96     160
 256             128    80     192
 ==============  =====  =====  ===============
 """
@@ -227,7 +228,8 @@ def _flash(
         state = _accumulate(
             both, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, False, True
         )
-    for first in range(every, end, N):
+    # Few blocks, which a pipeline would only unroll.
+    for first in tl.range(every, end, N, num_stages=1):
         key = first + tl.arange(0, N)
         block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, False)
         state = _accumulate(
