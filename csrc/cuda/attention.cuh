@@ -5,7 +5,7 @@
 // keys fit into shared memory they stay there, and it goes on to further queries: cross-attention to a prompt is this.
 // The head dimension is padded with zeros in shared memory only.
 //
-// A kernel is a struct with the members that launch_attention() uses, a function, and a case in a `attention_*.cu`: one
+// A kernel is a struct with the members that launch_attention() uses, a function, and a case in an `attention_*.cu`: one
 // for another instruction (wgmma) would be another of them.
 #pragma once
 
