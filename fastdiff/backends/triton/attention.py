@@ -373,7 +373,9 @@ def run(
         turns = max(1, cdiv(queries, m) * batch * heads // programs)
         tiles = cdiv(queries, m * turns)
         sizes: tuple[int, ...] = (queries, keys, heads, tiles, turns)
-        constants = (vec, m, *few_keys_blocks(keys, tuned["n"]), tuned["hoist"], *shape)
+        blocks = few_keys_blocks(keys, tuned["n"])
+        # The places of a single block are few.
+        constants = (vec, m, *blocks, tuned["hoist"] or blocks[1:] == (1, 0), *shape)
         _few_keys.launch(batch * heads * tiles, tensors, (*sizes, *scalars), constants, warps=tuned["warps"])
     else:
         tuned = config("attention", q.device, "fp32" if itemsize == 4 else power_of_2(depth + 1) // 2)
