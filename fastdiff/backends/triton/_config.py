@@ -78,7 +78,12 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
         "short_attention": _SHORT | {"m": 256, "n": 128, "waves": 1},
     },
     (9, 0): _HOPPER,
-    (10, 0): _HOPPER,
+    # Its tensor memory does not hold the products of more blocks.
+    (10, 0): _HOPPER
+    | {
+        "short_attention": _SHORT | {"keys": 320, "hoist": False},
+        "short_attention/256": DEFAULT["short_attention/256"],
+    },
 }
 
 

@@ -5,21 +5,21 @@ which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of tw
 The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
 
 How many keys stay on the chip, in half precision; with more, and in fp32 with more than 128, the first kernel runs.
-Shared memory is the limit but at 160 (of 256: 128) with sm_80 and sm_89, and at head dimension 160, where more would
-spill registers:
+Shared memory is the limit but at 160 (of 256: 128): there it is the registers, which more would spill, and on sm_100
+tensor memory.
 
-==============  =====  =====  ===============
-head dimension  sm_80  sm_89  sm_90 and later
-==============  =====  =====  ===============
-32              512    512    512
-64              512    352    512
-40              160    160    512
-72, 80          160    160    512
-88, 96          160    160    512
-112, 128        160    160    416
-160             160    96     160
-256             128    80     192
-==============  =====  =====  ===============
+==============  =====  =====  =====  ================
+head dimension  sm_80  sm_89  sm_90  sm_100 and later
+==============  =====  =====  =====  ================
+32              512    512    512    320
+64              512    352    512    320
+40              160    160    512    160
+72, 80          160    160    512    160
+88, 96          160    160    512    160
+112, 128        160    160    416    160
+160             160    96     160    160
+256             128    80     192    128
+==============  =====  =====  =====  ================
 """
 
 from __future__ import annotations
