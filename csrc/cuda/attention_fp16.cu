@@ -1,4 +1,4 @@
-#include "attention.cuh"
+#include "attention_mma.cuh"
 
 namespace fastdiff::cuda {
 

@@ -44,6 +44,7 @@ constexpr int64_t kMaxGroupElements = int64_t{1} << 31;
 FASTDIFF_CUDA_KERNEL(const char* adaln(const cpu::AdalnArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* attention_bf16(const cpu::AttentionArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* attention_fp16(const cpu::AttentionArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* attention_fp32(const cpu::AttentionArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* cfg_combine(const cpu::CfgCombineArgs& args, float* workspace, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* geglu(const cpu::GegluArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* gelu_tanh(const cpu::GeluTanhArgs& args, Stream stream))
@@ -53,7 +54,7 @@ FASTDIFF_CUDA_KERNEL(const char* scheduler_step(const cpu::SchedulerStepArgs& ar
 FASTDIFF_CUDA_KERNEL(const char* swiglu(const cpu::SwigluArgs& args, Stream stream))
 
 inline const char* attention(const cpu::AttentionArgs& args, Stream stream) {
-  if (args.dtype == cpu::DType::f32) return "attention takes half precision";
+  if (args.dtype == cpu::DType::f32) return attention_fp32(args, stream);
   return args.dtype == cpu::DType::bf16 ? attention_bf16(args, stream) : attention_fp16(args, stream);
 }
 

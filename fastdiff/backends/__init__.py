@@ -2,7 +2,7 @@
 
 A kernel declares in ``refuse(*args, **kwargs)`` what it does not take, as one sentence; ``None`` means it
 takes the call. The first kernel in the order of :data:`BACKENDS` that takes a call, and was not measured to lose at
-its size (:mod:`fastdiff.backends.losses`), serves it, else eager.
+its size (:mod:`fastdiff.backends.losses`), serves it, else eager; among a GPU's kernels the order is the measured one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from fastdiff.backends.losses import why_it_loses, why_not_unasked
+from fastdiff.backends.losses import faster_than, why_it_loses
 
 #: In order of preference.
 BACKENDS = ("cuda", "triton", "cpu", "eager")
@@ -49,8 +49,8 @@ class Kernel:
 
     Attributes:
         differentiable: given where the backend serves the op's backward too: why not that of this call, or ``None``.
-        on_request: serve only where the backend is asked for by name, or was measured to be the fastest; see
-            :mod:`fastdiff.backends.losses`.
+        on_request: serve only where the backend is asked for by name, or was measured to be faster than eager and
+            nothing faster takes the call; see :mod:`fastdiff.backends.losses`.
         prepare: from a call with some arguments, what serves all calls that differ in their tensors only, given the
             tensors alone (of the same classes, dtypes, shapes and devices, not needing a gradient); ``None`` if that is
             not worth the while.
@@ -142,37 +142,60 @@ def use_backend(backend: str, *, strict: bool = False) -> Iterator[None]:
 def choose(op: str, eager: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Choice:
     """The choice for one call of ``op``; ``eager`` is its reference."""
     wanted, strict = overridden()
-    reasons = ""
-    if wanted != "eager":
-        if torch._C._is_any_autocast_enabled():
-            reasons = "autocast is on"
-        else:
-            for kernel in _kernels.get(op, ()):
-                if wanted is not None and kernel.backend != wanted:
-                    continue
-                reason = kernel.refuse(*args, **kwargs)
-                if reason is None and kernel.yields is not None and not strict:
-                    reason = kernel.yields(*args, **kwargs)
-                if reason is None and wanted is None:
-                    reason = why_it_loses(kernel.backend, op, args, kwargs)
-                if reason is None and kernel.on_request and wanted is None:
-                    reason = why_not_unasked(kernel.backend, op, args, kwargs)
-                if reason is None:
-                    return kernel.choice
-                if reason == GRADIENT and kernel.differentiable is not None:
-                    reason = _why_not_differentiable(kernel, args, kwargs)
-                    if reason is None:
-                        assert kernel.choice_with_gradient is not None
-                        return kernel.choice_with_gradient
-                reasons = f"{reasons}; {kernel.backend}: {reason}" if reasons else f"{kernel.backend}: {reason}"
-        if not reasons:
-            names = BACKENDS[:-1] if wanted is None else (wanted,)
-            reasons = "; ".join(f"{n}: {unavailable.get(n, f'has no kernel for {op}')}" for n in names)
-        if strict:
-            raise BackendError(f"backend {wanted!r} does not take this call of {op}: {reasons}")
-    else:
-        reasons = "FASTDIFF_BACKEND is 'eager'" if _demanded == "eager" else "use_backend('eager') is in effect"
-    return Choice("eager", eager, reasons)
+    if wanted == "eager":
+        said = "FASTDIFF_BACKEND is 'eager'" if _demanded == "eager" else "use_backend('eager') is in effect"
+        return Choice("eager", eager, said)
+    said = "autocast is on"
+    if not torch._C._is_any_autocast_enabled():
+        found, said = _first_that_serves(op, args, kwargs, wanted, strict)
+        if found is not None:
+            return found
+    if strict:
+        raise BackendError(f"backend {wanted!r} does not take this call of {op}: {said}")
+    return Choice("eager", eager, said)
+
+
+def _first_that_serves(
+    op: str, args: tuple[Any, ...], kwargs: dict[str, Any], wanted: str | None, strict: bool
+) -> tuple[Choice | None, str]:
+    """The choice among kernels, and why none before it, or none at all, serves the call."""
+    reasons: dict[str, str] = {}
+    slower: Kernel | None = None  # the fastest so far that takes the call, if not the fastest of all
+    ahead = len(BACKENDS)  # so many are faster than that
+    for kernel in _kernels.get(op, ()):
+        if wanted is not None and kernel.backend != wanted:
+            continue
+        reason = kernel.refuse(*args, **kwargs)
+        if reason is None and kernel.yields is not None and not strict:
+            reason = kernel.yields(*args, **kwargs)
+        if reason is None and wanted is None:
+            reason = why_it_loses(kernel.backend, op, args, kwargs)
+        if reason is None and kernel.on_request and wanted is None:
+            faster, why = faster_than(kernel.backend, op, args, kwargs)
+            if faster:
+                reason = why
+                if "eager" not in faster and len(faster) < ahead:
+                    slower, ahead = kernel, len(faster)
+        if reason is None:
+            return kernel.choice, ""
+        if reason == GRADIENT and kernel.differentiable is not None:
+            reason = _why_not_differentiable(kernel, args, kwargs)
+            if reason is None:
+                assert kernel.choice_with_gradient is not None
+                return kernel.choice_with_gradient, ""
+        reasons[kernel.backend] = reason
+    if not reasons:
+        names = BACKENDS[:-1] if wanted is None else (wanted,)
+        reasons = {n: unavailable.get(n, f"has no kernel for {op}") for n in names}
+    if slower is None:
+        return None, _said(reasons)
+    del reasons[slower.backend]
+    said = _said(reasons)
+    return Choice(slower.backend, slower.run, said, slower.prepare), said
+
+
+def _said(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{backend}: {reason}" for backend, reason in reasons.items())
 
 
 def _why_not_differentiable(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:

@@ -115,19 +115,20 @@ def prove(device: torch.device, measure: Measure) -> dict[tuple[str, str], tuple
     calls = ((name, example) for dtype, name in losses.DTYPES.items() for example in examples(device, dtype))
     for dtype_name, example in track(calls, "checking and timing", total=COUNT * len(losses.DTYPES)):
         by_op.setdefault((example[0], dtype_name), []).append(speeds(example, measure))
-    found = {}
-    for key, rows in by_op.items():
-        means = {"eager": MARGIN}
+    found: dict[tuple[str, str], tuple[str, float]] = {}
+    fastest: dict[str, dict[str, str]] = {}
+    for (op, dtype_name), rows in by_op.items():
+        means = {}
         for backend in dict.fromkeys(b for row in rows for b in row):
             values = [row.get(backend, 1.0) for row in rows]
-            means[backend] = statistics.geometric_mean(values) if min(values) > 0 and math.isfinite(max(values)) else 0
-        best = max(means, key=means.__getitem__)
-        found[key] = best, means[best] if best != "eager" else 1.0
+            mean = statistics.geometric_mean(values) if min(values) > 0 and math.isfinite(max(values)) else 0
+            if mean > MARGIN:
+                means[backend] = mean
+        order = sorted(means, key=lambda b: -means[b]) or ["eager"]
+        found[op, dtype_name] = order[0], means.get(order[0], 1.0)
+        fastest.setdefault(op, {})[dtype_name] = ", ".join(order)
     path = losses.own_file(losses.kind(device))
     path.parent.mkdir(parents=True, exist_ok=True)
-    fastest: dict[str, dict[str, str]] = {}
-    for (op, dtype_name), (best, _) in found.items():
-        fastest.setdefault(op, {})[dtype_name] = best
     path.write_text(json.dumps({"versions": losses.own_versions(), "fastest": fastest}, indent=1) + "\n")
     losses.own.cache_clear()
     return found

@@ -91,8 +91,6 @@ def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> s
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
-    if q.dtype == torch.float32:
-        return "q is float32, which the tensor cores would round"
     keys = k.shape[1]
     if attn_mask is not None and (attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1)):
         return "attn_mask is broadcast along the keys or not contiguous along them"

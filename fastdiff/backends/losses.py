@@ -24,7 +24,7 @@ from fastdiff import __version__, _extension
 from fastdiff.backends._facts import cache_folder, fact
 
 TABLE = Path(__file__).with_name("losses.json")
-#: Kind of device -> op -> dtype -> backend.
+#: Kind of device -> op -> dtype -> what is faster than eager, the fastest first, as in "triton, cuda"; else "eager".
 Fastest = dict[str, dict[str, dict[str, str]]]
 Features = Mapping[str, int]
 
@@ -118,8 +118,8 @@ def _load() -> tuple[dict[str, str], Fastest, dict[tuple[str, str], tuple[Loss, 
     return table["measured"], table["fastest"], found
 
 
-#: The kinds of devices that were measured, each with commit and date; by kind, op and dtype the backend that is the
-#: fastest over all sizes measured; and the losses by backend and op.
+#: The kinds of devices that were measured, each with commit and date; by kind, op and dtype what is faster than
+#: eager over all sizes measured; and the losses by backend and op.
 measured_on, fastest, by_kernel = _load()
 _CPU = kind(torch.device("cpu"))
 
@@ -157,7 +157,7 @@ def own_versions() -> dict[str, str]:
 
 @fact
 def own(name: str, op: str, dtype: str) -> str | None:
-    """The backend that was found here to be the fastest at an op on a kind of device, ``"eager"`` among them."""
+    """What was found here to be faster than eager at an op on a kind of device, as in :data:`Fastest`."""
     try:
         found = json.loads(own_file(name).read_text())
         best = found["fastest"][op][dtype]
@@ -166,27 +166,30 @@ def own(name: str, op: str, dtype: str) -> str | None:
         return None
 
 
-def fastest_on(name: str, op: str, dtype: str) -> str | None:
-    """The fastest backend of an op in a dtype on a kind of device, ``"eager"`` among them; ``None`` if not measured.
+def by_speed(name: str, op: str, dtype: str) -> list[str]:
+    """The backends that are faster than eager at an op in a dtype on a kind of device, the fastest first, and eager.
 
-    As measured here, else as shipped.
+    As measured here, else as shipped; empty if not measured.
     """
-    return own(name, op, dtype) or fastest.get(name, {}).get(op, {}).get(dtype)
+    found = own(name, op, dtype) or fastest.get(name, {}).get(op, {}).get(dtype)
+    return [*(b for b in found.split(", ") if b != "eager"), "eager"] if found else []
 
 
 def is_proven(name: str, op: str) -> bool:
     """Whether the backends of an op were measured on a kind of device, here or for what is shipped."""
-    return any(fastest_on(name, op, dtype) for dtype in DTYPES.values())
+    return any(by_speed(name, op, dtype) for dtype in DTYPES.values())
 
 
-def why_not_unasked(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    """Why a GPU kernel does not serve a call that it takes, unless its backend is asked for by name; or ``None``."""
+def faster_than(backend: str, op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[str], str]:
+    """What is faster than a GPU kernel at such calls, the fastest first, and how the report says it. Where nothing was
+    measured that is ``"eager"``."""
     x = first_tensor(args, kwargs)
     name, dtype = kind(x.device), DTYPES.get(x.dtype, "")
-    best = fastest_on(name, op, dtype)
-    if best is None:
-        return UNPROVEN
-    return None if best == backend else f"{best} is the faster one on {name} in {dtype}, as measured"
+    found = by_speed(name, op, dtype)
+    if not found:
+        return ["eager"], UNPROVEN
+    faster = found[: found.index(backend)] if backend in found else found
+    return faster, f"{faster[0]} is the faster one on {name} in {dtype}, as measured" if faster else ""
 
 
 def is_measured(device: torch.device, op: str) -> bool:

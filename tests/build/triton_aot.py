@@ -128,6 +128,9 @@ def compile_for(variant: Variant, gpu: int | str) -> Binary:
         compiled = triton.compile(source, target=GPUTarget("cuda", gpu, 32), options=options)
         text = compiled.asm["ptx"]
         registers, stack = _resources(compiled.asm["cubin"])
+        # Beyond its columns the compiler leaves a kernel that does nothing, and the launch fails.
+        tensor_memory = getattr(compiled.metadata, "tmem_size", None) or 0
+        assert tensor_memory <= 512, f"{variant} wants {tensor_memory} columns of tensor memory"
     return Binary(registers, stack, compiled.metadata.shared, text)
 
 

@@ -240,10 +240,9 @@ void forget_allowed() { allowed.clear(); }
 
 void check(const void* data, size_t bytes, size_t alignment, bool write) {
   const char* begin = static_cast<const char*>(data);
-  const char* what = write ? "writes " : "reads ";
-  const std::string access = what + std::to_string(bytes) + " bytes";
+  const auto access = [&] { return (write ? "writes " : "reads ") + std::to_string(bytes) + " bytes"; };
   if (reinterpret_cast<uintptr_t>(data) % alignment)
-    fail(access + " at an address that is not a multiple of " + std::to_string(alignment));
+    fail(access() + " at an address that is not a multiple of " + std::to_string(alignment));
   if (contains({shared_begin(), shared_begin() + shared_size, true}, begin, bytes)) return;
   for (const Range& range : static_shared)
     if (contains(range, begin, bytes)) return;
@@ -253,7 +252,7 @@ void check(const void* data, size_t bytes, size_t alignment, bool write) {
       if (!write || range.writable) return;
       readable = true;
     }
-  if (readable) fail(access + " of an input");
+  if (readable) fail(access() + " of an input");
   const Range* nearest = nullptr;
   int64_t least = 4096;
   for (const Range& range : allowed) {
@@ -261,9 +260,9 @@ void check(const void* data, size_t bytes, size_t alignment, bool write) {
     if (distance < least) nearest = &range, least = distance;
   }
   if (nearest)
-    fail(access + " out of bounds: at byte " + std::to_string(begin - nearest->begin) + " of a tensor of " +
+    fail(access() + " out of bounds: at byte " + std::to_string(begin - nearest->begin) + " of a tensor of " +
          std::to_string(nearest->end - nearest->begin));
-  fail(access + " out of bounds: near no tensor");
+  fail(access() + " out of bounds: near no tensor");
 }
 
 void* dynamic_shared() { return shared_begin(); }

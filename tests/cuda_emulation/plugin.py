@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from emulated import load_ops
+from extent import ALL
 
 load_ops()
 
@@ -13,15 +14,17 @@ SHAPES = (
     *("constant_group", "tokens_are", "fully_masked", "lowest_float"),
 )
 
+#: Of attention: tests with many products.
+MANY_KEYS = ("700", "1000", "2500", "sharp", "causal[400")
+
 
 def _wanted(item: pytest.Item) -> bool:
     if not (item.get_closest_marker("numerics") or any(words in item.name for words in SHAPES)):
         return False
     if item.path.stem != "test_attention":
         return True
-    # Attention takes half precision only, and many keys take long: one type must do for them.
-    many = any(keys in item.name for keys in ("700", "1000", "2500"))
-    return "float32" not in item.name and not (many and "float16" in item.name.replace("bfloat16", ""))
+    # Many keys take long: one type must do for them.
+    return ALL or "bfloat16" in item.name or not any(words in item.name for words in MANY_KEYS)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -30,7 +30,8 @@ FILES = {
 @pytest.mark.parametrize("name", sorted(set(FILES.values())))
 def test_numbers(name: str) -> None:
     """In a process of its own, where the ``cuda`` backend is the emulation; see plugin.py for which tests."""
-    path = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "build"), os.environ.get("PYTHONPATH", "")]
+    folders = [HERE.parents[1], HERE.parent, HERE, HERE.parent / "build"]
+    path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     file = HERE.parent / "ops" / f"test_{name}.py"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "plugin", "-p", "no:cacheprovider", str(file)],

@@ -79,7 +79,8 @@ def close(got: tuple[torch.Tensor, ...], op: str, *args: Any, **kwargs: Any) -> 
     exact = getattr(ops, op).eager(*args, **kwargs)
     for g, e in zip(got, (exact,) if isinstance(exact, torch.Tensor) else exact, strict=True):
         if g.numel():
-            assert ((g.double() - e).norm() / e.norm()).item() < 2 * torch.finfo(g.dtype).eps, op
+            roundings = 4 if g.dtype == torch.float32 else 2  # in fp32 the sums' roundings count, too
+            assert ((g.double() - e).norm() / e.norm()).item() < roundings * torch.finfo(g.dtype).eps, op
 
 
 def test_every_op_has_a_call() -> None:
@@ -88,7 +89,7 @@ def test_every_op_has_a_call() -> None:
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers(name: str) -> None:
-    run_numbers(name, "cuda", *(["-k", "not float32"] if name == "attention" else []))
+    run_numbers(name, "cuda")
 
 
 @pytest.mark.parametrize("op", CALLS)
@@ -211,6 +212,8 @@ def small_calls(device: str) -> None:
     # Resident keys, streamed ones, a depth of whole packs and not, few queries, two warps for a row.
     for queries, keys, depth in ((70, 77, 40), (33, 300, 256), (20, 70, 33), (7, 90, 64), (40, 33, 512)):
         call("attention", *(randn(1, n, 2, depth, device=device) for n in (queries, keys, keys)))
+    for depth in (40, 512):  # without tensor cores
+        call("attention", *(randn(1, n, 2, depth, device=device, dtype=torch.float32) for n in (9, 37, 37)))
     q, k = (randn(1, 3, 12, 128, device=device) for _ in range(2))
     w = randn(12 * 128, device=device)
     for interleaved in (True, False):

@@ -144,3 +144,27 @@ def test_the_measured_table_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "cuda: eager is the faster one on cuda sm_90 in fp32, as measured" in slower.reason
     with fastdiff.use_backend("cuda"):
         assert ops.gelu_tanh.choose(x).backend == "cuda"
+
+
+def test_the_next_fastest_serves_what_the_fastest_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the measured order, whatever the order of registration; eager where nothing else takes the call."""
+
+    def refuse_long(limit: int) -> backends.Refuse:
+        return lambda x: f"x is longer than {limit}" if len(x) > limit else None
+
+    limits = {"cuda": 8, "triton": 4, "cpu": 6}
+    kernels = [
+        backends.Kernel("gelu_tanh", name, torch.neg, refuse_long(limit), on_request=True)
+        for name, limit in limits.items()
+    ]
+    monkeypatch.setitem(backends._kernels, "gelu_tanh", kernels)
+    monkeypatch.setattr(losses, "kind", lambda device: "cuda sm_90")
+    measured = {"fp32": "triton, cpu, cuda", "fp16": "triton"}
+    monkeypatch.setattr(losses, "fastest", {"cuda sm_90": {"gelu_tanh": measured}})
+    found = {n: ops.gelu_tanh.choose(torch.ones(n)) for n in (4, 5, 7, 9)}
+    assert [choice.backend for choice in found.values()] == ["triton", "cpu", "cuda", "eager"]
+    assert found[4].reason == "" and found[5].reason.startswith("cuda: triton is the faster one on cuda sm_90 in fp32")
+    assert found[7].reason == "triton: x is longer than 4; cpu: x is longer than 6"
+    # What was not measured to be faster than eager does not take its place.
+    slow = ops.gelu_tanh.choose(torch.ones(5).half())
+    assert slow.backend == "eager" and "cuda: triton is the faster one" in slow.reason

@@ -58,7 +58,10 @@ DEFAULT: dict[str, Config] = {
 
 #: Of sm_90 and sm_100. Their matrix instructions read keys and values where they lie on the chip, not from registers.
 _HOPPER: dict[str, Config] = {
+    # two groups of four warps, each with 64 queries; in one, twice the code would take twice as long to compile
+    "attention/32": DEFAULT["attention/32"] | {"warps": 8},
     "short_attention": _SHORT | {"keys_deep": FEW_KEYS, "hoist": False},
+    "short_attention/160": _SHORT | {"hoist": False},
     "short_attention/fp32": DEFAULT["short_attention/fp32"],
     "torch_attention": {"many": [*TORCH_ATTENTION[9, 0]], "few": [], "source": TORCH_ATTENTION_SOURCE},
 }
@@ -75,7 +78,12 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
         "short_attention": _SHORT | {"m": 256, "n": 128, "waves": 1},
     },
     (9, 0): _HOPPER,
-    (10, 0): _HOPPER,
+    # Its tensor memory does not hold the products of more blocks.
+    (10, 0): _HOPPER
+    | {
+        "short_attention": _SHORT | {"keys": 320, "hoist": False},
+        "short_attention/256": DEFAULT["short_attention/256"],
+    },
 }
 
 

@@ -5,20 +5,21 @@ which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of tw
 The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
 
 How many keys stay on the chip, in half precision; with more, and in fp32 with more than 128, the first kernel runs.
-Shared memory is the limit but for sm_80 and sm_89 at 160 (of 256: 128), where more would spill registers:
+Shared memory is the limit but at 160 (of 256: 128): there it is the registers, which more would spill, and on sm_100
+tensor memory.
 
-==============  =====  =====  ===============
-head dimension  sm_80  sm_89  sm_90 and later
-==============  =====  =====  ===============
-32              512    512    512
-64              512    352    512
-40              160    160    512
-72, 80          160    160    512
-88, 96          160    160    512
-112, 128        160    160    416
-160             160    96     320
-256             128    80     192
-==============  =====  =====  ===============
+==============  =====  =====  =====  ================
+head dimension  sm_80  sm_89  sm_90  sm_100 and later
+==============  =====  =====  =====  ================
+32              512    512    512    320
+64              512    352    512    320
+40              160    160    512    160
+72, 80          160    160    512    160
+88, 96          160    160    512    160
+112, 128        160    160    416    160
+160             160    96     160    160
+256             128    80     192    128
+==============  =====  =====  =====  ================
 """
 
 from __future__ import annotations
@@ -227,7 +228,8 @@ def _flash(
         state = _accumulate(
             both, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, False, True
         )
-    for first in range(every, end, N):
+    # Few blocks, which a pipeline would only unroll.
+    for first in tl.range(every, end, N, num_stages=1):
         key = first + tl.arange(0, N)
         block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, False)
         state = _accumulate(
@@ -371,7 +373,9 @@ def run(
         turns = max(1, cdiv(queries, m) * batch * heads // programs)
         tiles = cdiv(queries, m * turns)
         sizes: tuple[int, ...] = (queries, keys, heads, tiles, turns)
-        constants = (vec, m, *few_keys_blocks(keys, tuned["n"]), tuned["hoist"], *shape)
+        blocks = few_keys_blocks(keys, tuned["n"])
+        # The places of a single block are few.
+        constants = (vec, m, *blocks, tuned["hoist"] or blocks[1:] == (1, 0), *shape)
         _few_keys.launch(batch * heads * tiles, tensors, (*sizes, *scalars), constants, warps=tuned["warps"])
     else:
         tuned = config("attention", q.device, "fp32" if itemsize == 4 else power_of_2(depth + 1) // 2)
