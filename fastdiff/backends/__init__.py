@@ -190,6 +190,10 @@ GRADIENT = "a gradient is needed"
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _transform, _tracer = torch._C._functorch.peek_interpreter_stack, torch._C._get_tracing_state
 _profiling = torch._C._autograd._profiler_enabled
+#: What :func:`is_plain` asks, and the answers that make it true.
+PLAIN: tuple[tuple[Callable[[], Any], Any], ...] = (
+    (_dispatch_modes, 0), (_function_modes, 0), (_profiling, False), (_transform, None), (_tracer, None),
+)  # fmt: skip
 
 
 def is_plain() -> bool:
