@@ -81,7 +81,8 @@ class Build:
         yield self.cxx_step(CSRC / "cpu/isa.cpp", "")
         for source in sorted(CSRC.glob("*.cpp")):
             include = ("-include", str(info)) if source.stem == "module" else ()
-            yield self.cxx_step(source, "", *include, *isystem(pybind11, python))
+            # Otherwise pybind11 looks whether the GIL is held wherever it counts a reference.
+            yield self.cxx_step(source, "", "-DNDEBUG", *include, *isystem(pybind11, python))
         abi = f"-DTORCH_TARGET_VERSION=0x{TORCH_ABI[0]:02x}{TORCH_ABI[1]:02x}000000000000"
         for source in sorted(CSRC.glob("ops/*.cpp")):
             yield self.cxx_step(source, "", abi, *isystem(self.torch.path / "include"))

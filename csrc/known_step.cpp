@@ -119,18 +119,26 @@ void replace(PyObject* list, const py::object& items) {
   if (PyList_SetSlice(list, 0, PyList_GET_SIZE(list), items.ptr())) throw py::error_already_set();
 }
 
-// A tensor, asked without torch's Python side.
-class View {
+// A tensor, or none; asked without torch's Python side.
+class Value {
  public:
-  explicit View(PyObject* t) : implementation_(PyLong_AsVoidPtr(property(Torch::get().implementation, t).ptr())) {}
-
-  template <class Value, class Function>
-  bool read(Function function, Value* value) const {
-    return function(reinterpret_cast<AtenTensorOpaque*>(const_cast<void**>(&implementation_)), value) == 0;
+  Value() = default;
+  explicit Value(py::object t) : object_(std::move(t)) {
+    implementation_ = PyLong_AsVoidPtr(property(Torch::get().implementation, object_.ptr()).ptr());
   }
 
+  template <class Answer, class Function>
+  bool read(Function function, Answer* answer) const {
+    return function(reinterpret_cast<AtenTensorOpaque*>(const_cast<void**>(&implementation_)), answer) == 0;
+  }
+
+  explicit operator bool() const { return static_cast<bool>(object_); }
+  const py::object& object() const { return object_; }
+  PyObject* ptr() const { return object_.ptr(); }
+
  private:
-  void* implementation_;
+  py::object object_;
+  void* implementation_ = nullptr;
 };
 
 // What a step depends on of a tensor: class, dtype, shape, device, and that it is strided.
@@ -141,47 +149,50 @@ struct Kind {
   std::vector<int64_t> shape;
 
   // False where torch does not tell; the sizes are the tensor's own.
-  bool read(PyObject* t) {
-    type = Py_TYPE(t);
-    const View view(t);
-    return view.read(aoti_torch_get_layout, &layout) && layout == aoti_torch_layout_strided() &&
-           view.read(aoti_torch_get_dtype, &dtype) && view.read(aoti_torch_get_device_type, &device) &&
-           view.read(aoti_torch_get_device_index, &index) && view.read(aoti_torch_get_dim, &axes) &&
-           view.read(aoti_torch_get_sizes, &sizes);
+  bool read(const Value& t) {
+    type = Py_TYPE(t.ptr());
+    return t.read(aoti_torch_get_layout, &layout) && layout == aoti_torch_layout_strided() &&
+           t.read(aoti_torch_get_dtype, &dtype) && t.read(aoti_torch_get_device_type, &device) &&
+           t.read(aoti_torch_get_device_index, &index) && t.read(aoti_torch_get_dim, &axes) &&
+           t.read(aoti_torch_get_sizes, &sizes);
   }
 
-  bool fits(PyObject* t) const {
+  // Takes a tensor of this kind, and no other.
+  bool take(PyObject* t, Value& taken) const {
     if (Py_TYPE(t) != type) return false;
+    taken = Value(shared(t));
     Kind other;
-    return other.read(t) && other.dtype == dtype && other.device == device && other.index == index &&
+    return other.read(taken) && other.dtype == dtype && other.device == device && other.index == index &&
            other.axes == axes && std::equal(shape.begin(), shape.end(), other.sizes);
   }
 
   // That of an example, if what is read of it is what Python says.
-  static Kind of(const py::handle& t) {
+  static Kind of(const py::object& example) {
+    const Value t(example);
     Kind kind;
-    if (!kind.read(t.ptr())) throw py::value_error("fastdiff: known_step: a tensor does not tell what it is");
+    if (!kind.read(t)) throw py::value_error("fastdiff: known_step: a tensor does not tell what it is");
     kind.shape.assign(kind.sizes, kind.sizes + kind.axes);
     kind.sizes = nullptr;
-    const py::object there = t.attr("data_ptr")();
+    const py::object there = example.attr("data_ptr")();
     const void* data = nullptr;
-    if (kind.shape != py::cast<std::vector<int64_t>>(t.attr("shape")) ||
-        !View(t.ptr()).read(torch_get_const_data_ptr, &data) || data != PyLong_AsVoidPtr(there.ptr()))
+    if (kind.shape != py::cast<std::vector<int64_t>>(example.attr("shape")) ||
+        !t.read(torch_get_const_data_ptr, &data) || data != PyLong_AsVoidPtr(there.ptr()))
       throw py::value_error("fastdiff: known_step: this torch's tensors are not what they were");
     return kind;
   }
 };
 
-bool needs_gradient(PyObject* t) { return property(Torch::get().requires_grad, t).ptr() == Py_True; }
+bool needs_gradient(const Value& t) {
+  return t && property(Torch::get().requires_grad, t.ptr()).ptr() == Py_True;
+}
 
 // The address of a contiguous tensor's data; null of any other, and where there is no memory.
-const void* address(PyObject* t) {
-  const View view(t);
+const void* address(const Value& t) {
   bool contiguous = false;
   const void* data = nullptr;
-  if (!view.read(aoti_torch_is_contiguous, &contiguous) || !contiguous ||
-      owned(PyObject_CallOneArg(Torch::get().is_neg.ptr(), t)).ptr() != Py_False ||
-      !view.read(torch_get_const_data_ptr, &data))
+  if (!t.read(aoti_torch_is_contiguous, &contiguous) || !contiguous ||
+      owned(PyObject_CallOneArg(Torch::get().is_neg.ptr(), t.ptr())).ptr() != Py_False ||
+      !t.read(torch_get_const_data_ptr, &data))
     return nullptr;
   return data;
 }
@@ -197,8 +208,8 @@ struct After {
     else
       constant = after.attr("value");
   }
-  const py::object& of(const std::vector<py::object>& values) const {
-    return position < 0 ? constant : values.at(position);
+  const py::object& of(const std::vector<Value>& values) const {
+    return position < 0 ? constant : values.at(position).object();
   }
 };
 
@@ -237,16 +248,16 @@ class KnownStep {
   py::object run(PyObject* stepper, PyObject* site, PyObject* args, PyObject* kwargs) const;
 
  private:
-  using Values = std::vector<py::object>;
+  using Values = std::vector<Value>;
   enum { kSample, kModelOutput, kEntry, kNoise, kSecondNoise, kHistory };  // as in fastdiff/schedulers/probe.py
 
   bool as_expected() const;
-  bool take(PyObject* args, PyObject* kwargs, PyObject* stepper, struct Call& call) const;
+  bool take_arguments(PyObject* args, PyObject* kwargs, PyObject* stepper, struct Call& call) const;
   bool is_there(PyObject* stepper, struct Call& call) const;
   bool is_served(PyObject* site) const;
   void draw(Values& values, const py::object& generator) const;
   void launch(const Launch& launch, Values& values) const;
-  static bool launch_directly(const Launch& launch, const Values& values, py::object* results);
+  static bool launch_directly(const Launch& launch, const Values& values, Value* results);
   void keep_books(const struct Call& call) const;
   py::object result(const Values& values) const;
 
@@ -275,8 +286,9 @@ class KnownStep {
 
 // What is known of one call.
 struct Call {
-  std::vector<py::object> values;
-  py::object timestep, moment, mask, generator = py::none();
+  std::vector<Value> values;
+  Value mask;
+  py::object timestep, moment, generator = py::none();
   py::object attributes, left, contents;
 };
 
@@ -312,7 +324,7 @@ KnownStep::KnownStep(const py::dict& parts) {
       found.role = role == "mask" ? Argument::kMask : Argument::kGenerator;
     }
   }
-  for (const py::handle t : parts["tensors"]) kinds_.push_back(t.is_none() ? Kind{} : Kind::of(t));
+  for (const py::handle t : parts["tensors"]) kinds_.push_back(t.is_none() ? Kind{} : Kind::of(shared(t.ptr())));
   history_end_ = py::cast<size_t>(parts["history_end"]);
   if (!parts["mask"].is_none()) mask_ = Kind::of(parts["mask"]);
   held_ = interned_all(parts["held"]);
@@ -337,7 +349,7 @@ KnownStep::KnownStep(const py::dict& parts) {
       found.step = found.bound.cast<const BoundStep*>();
       size_t i = 0;
       for (const py::handle make : part["make"])
-        if (!make.is_none()) found.make[i++] = shared(make.ptr()); else ++i;
+        found.make[i++] = make.is_none() ? py::object() : shared(make.ptr());
     }
   }
   randn_ = parts["randn"];
@@ -371,7 +383,7 @@ bool KnownStep::as_expected() const {
   return true;
 }
 
-bool KnownStep::take(PyObject* args, PyObject* kwargs, PyObject* stepper, Call& call) const {
+bool KnownStep::take_arguments(PyObject* args, PyObject* kwargs, PyObject* stepper, Call& call) const {
   if (PyTuple_GET_SIZE(args) != static_cast<Py_ssize_t>(positional_) ||
       PyDict_Size(kwargs) != static_cast<Py_ssize_t>(named_.size()))
     return false;
@@ -385,12 +397,10 @@ bool KnownStep::take(PyObject* args, PyObject* kwargs, PyObject* stepper, Call& 
     const Argument& argument = arguments_[i];
     switch (argument.role) {
       case Argument::kTensor:
-        if (!kinds_[argument.position].fits(given)) return false;
-        call.values[argument.position] = shared(given);
+        if (!kinds_[argument.position].take(given, call.values[argument.position])) return false;
         break;
       case Argument::kMask:
-        if (!mask_.fits(given)) return false;
-        call.mask = shared(given);
+        if (!mask_.take(given, call.mask)) return false;
         break;
       case Argument::kConstant:
         if (!same(given, argument.expected.ptr())) return false;
@@ -447,8 +457,8 @@ bool KnownStep::is_there(PyObject* stepper, Call& call) const {
   size_t position = kHistory;
   const auto hold = [&](PyObject* value) {
     if (!PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(Torch::get().tensor.ptr()))) return true;
-    if (position == history_end_ || !kinds_[position].fits(value)) return false;
-    call.values[position++] = shared(value);
+    if (position == history_end_ || !kinds_[position].take(value, call.values[position])) return false;
+    ++position;
     return true;
   };
   for (const py::object& name : held_) {
@@ -478,15 +488,15 @@ void KnownStep::draw(Values& values, const py::object& generator) const {
   size_t position = kNoise;
   for (const py::object& dtype : drawn_) {
     PyObject* arguments[] = {shape_.ptr(), generator.ptr(), device_.ptr(), dtype.ptr()};
-    values[position++] = owned(PyObject_Vectorcall(randn_.ptr(), arguments, 2, names));
+    values[position++] = Value(owned(PyObject_Vectorcall(randn_.ptr(), arguments, 2, names)));
   }
 }
 
-bool KnownStep::launch_directly(const Launch& launch, const Values& values, py::object* results) {
+bool KnownStep::launch_directly(const Launch& launch, const Values& values, Value* results) {
   if (!launch.step) return false;
   void* data[BoundStep::kMost] = {};
   const auto read = [&](size_t place, size_t position) {
-    data[place] = const_cast<void*>(address(values[position].ptr()));
+    data[place] = const_cast<void*>(address(values[position]));
     return data[place] != nullptr;
   };
   if (!read(BoundStep::kSample, kSample) || !read(BoundStep::kModelOutput, kModelOutput) ||
@@ -496,22 +506,23 @@ bool KnownStep::launch_directly(const Launch& launch, const Values& values, py::
     if (!read(BoundStep::kFixed + h, launch.history[h])) return false;
   for (size_t i = 0; i < 3; ++i) {
     if (!launch.make[i]) continue;
-    results[i] = owned(PyObject_CallOneArg(launch.make[i].ptr(), values[kSample].ptr()));
-    if (!View(results[i].ptr()).read(torch_get_mutable_data_ptr, &data[i])) return false;
+    results[i] = Value(owned(PyObject_CallOneArg(launch.make[i].ptr(), values[kSample].ptr())));
+    if (!results[i].read(torch_get_mutable_data_ptr, &data[i])) return false;
   }
   (*launch.step)(data);
   return true;
 }
 
 void KnownStep::launch(const Launch& launch, Values& values) const {
-  py::object results[3];
+  Value results[3];
   if (!launch_directly(launch, values, results)) {
     py::list history;
-    for (const size_t position : launch.history) history.append(values[position]);
+    for (const size_t position : launch.history) history.append(values[position].object());
     PyObject* arguments[] = {values[kSample].ptr(), values[kModelOutput].ptr(), history.ptr(),
                              launch.noise ? values[kNoise].ptr() : Py_None};
     const auto found = py::cast<py::tuple>(owned(PyObject_Vectorcall(launch.run.ptr(), arguments, 4, nullptr)));
-    for (size_t i = 0; i < 3; ++i) results[i] = found[i];
+    for (size_t i = 0; i < 3; ++i)
+      if (!found[i].is_none()) results[i] = Value(found[i]);
   }
   if (!values[kEntry]) values[kEntry] = results[1];
   values.push_back(results[0]);
@@ -563,19 +574,19 @@ py::object KnownStep::run(PyObject* stepper, PyObject* site, PyObject* args, PyO
   Call call;
   call.values.reserve(kinds_.size() + 2 * launches_.size());
   call.values.resize(kinds_.size());
-  if (!as_expected() || !take(args, kwargs, stepper, call) || !is_there(stepper, call) || !is_served(site)) return {};
+  if (!as_expected() || !take_arguments(args, kwargs, stepper, call) || !is_there(stepper, call) || !is_served(site)) return {};
   bool contiguous = false;  // of such a sample, kernels take history in any layout
-  if (!View(call.values[kSample].ptr()).read(aoti_torch_is_contiguous, &contiguous) || !contiguous) return {};
+  if (!call.values[kSample].read(aoti_torch_is_contiguous, &contiguous) || !contiguous) return {};
   if (aoti_torch_grad_mode_is_enabled()) {
-    for (const py::object& t : call.values)
-      if (t && needs_gradient(t.ptr())) return {};
-    if (call.mask && needs_gradient(call.mask.ptr())) return {};
+    for (const Value& t : call.values)
+      if (needs_gradient(t)) return {};
+    if (needs_gradient(call.mask)) return {};
   }
   draw(call.values, call.generator);
   for (const Launch& each : launches_) launch(each, call.values);
   if (!blend_.empty()) {
     PyObject* arguments[] = {call.values.at(blend_[0]).ptr(), call.values.at(blend_[1]).ptr(), call.mask.ptr()};
-    call.values[blend_[0]] = owned(PyObject_Vectorcall(Torch::get().lerp.ptr(), arguments, 3, nullptr));
+    call.values[blend_[0]] = Value(owned(PyObject_Vectorcall(Torch::get().lerp.ptr(), arguments, 3, nullptr)));
   }
   keep_books(call);
   if (remembers_) {

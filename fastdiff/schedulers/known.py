@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdiff import _extension
-from fastdiff.backends import PLAIN, overridden
+from fastdiff.backends import PLAIN, overridden_untraced
 from fastdiff.patching._site import Site
 from fastdiff.schedulers.plan import Next
 from fastdiff.schedulers.probe import MODEL_OUTPUT, NOISE, SAMPLE, Moment
@@ -77,7 +77,10 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
     values = call.values.copy()
     values[NOISE : NOISE + len(plan.drawn)] = [None] * len(plan.drawn)
     parts = {
-        "conditions": [*PLAIN, (torch._C._is_any_autocast_enabled, False), (overridden, overridden()), (_level, -1)],
+        "conditions": [
+            *PLAIN, (torch._C._is_any_autocast_enabled, False), (_level, -1),
+            (overridden_untraced, overridden_untraced()),
+        ],
         "positional": call.positional,
         "named": [*call.arguments][call.positional :],
         "arguments": arguments,
