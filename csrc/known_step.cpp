@@ -254,9 +254,8 @@ class KnownStep {
   bool as_expected() const;
   bool take_arguments(PyObject* args, PyObject* kwargs, PyObject* stepper, struct Call& call) const;
   bool is_there(PyObject* stepper, struct Call& call) const;
-  bool is_served(PyObject* site) const;
   void draw(Values& values, const py::object& generator) const;
-  void launch(const Launch& launch, Values& values) const;
+  static void launch(const Launch& launch, PyObject* site, const py::object& served, Values& values);
   static bool launch_directly(const Launch& launch, const Values& values, Value* results);
   void keep_books(const struct Call& call) const;
   py::object result(const Values& values) const;
@@ -474,15 +473,6 @@ bool KnownStep::is_there(PyObject* stepper, Call& call) const {
   return position == history_end_;
 }
 
-bool KnownStep::is_served(PyObject* site) const {
-  const py::object own = dict_of(site);
-  if (!same(at(own, NAME("backend")), backend_.ptr())) return false;
-  const py::object served = shared(at(own, NAME("served")));
-  for (const Launch& launch : launches_)
-    if (at(served, launch.slot) != launch.choice.ptr()) return false;
-  return true;
-}
-
 void KnownStep::draw(Values& values, const py::object& generator) const {
   static PyObject* names = PyTuple_Pack(2, NAME("device").ptr(), NAME("dtype").ptr());
   size_t position = kNoise;
@@ -513,7 +503,11 @@ bool KnownStep::launch_directly(const Launch& launch, const Values& values, Valu
   return true;
 }
 
-void KnownStep::launch(const Launch& launch, Values& values) const {
+void KnownStep::launch(const Launch& launch, PyObject* site, const py::object& served, Values& values) {
+  if (at(served, launch.slot) != launch.choice.ptr()) {
+    PyObject* arguments[] = {site, launch.slot.ptr(), launch.choice.ptr()};
+    owned(PyObject_VectorcallMethod(NAME("note").ptr(), arguments, 3, nullptr));
+  }
   Value results[3];
   if (!launch_directly(launch, values, results)) {
     py::list history;
@@ -574,7 +568,10 @@ py::object KnownStep::run(PyObject* stepper, PyObject* site, PyObject* args, PyO
   Call call;
   call.values.reserve(kinds_.size() + 2 * launches_.size());
   call.values.resize(kinds_.size());
-  if (!as_expected() || !take_arguments(args, kwargs, stepper, call) || !is_there(stepper, call) || !is_served(site)) return {};
+  const py::object own = dict_of(site);
+  if (!same(at(own, NAME("backend")), backend_.ptr()) || !as_expected() ||
+      !take_arguments(args, kwargs, stepper, call) || !is_there(stepper, call))
+    return {};
   bool contiguous = false;  // of such a sample, kernels take history in any layout
   if (!call.values[kSample].read(aoti_torch_is_contiguous, &contiguous) || !contiguous) return {};
   if (aoti_torch_grad_mode_is_enabled()) {
@@ -583,7 +580,8 @@ py::object KnownStep::run(PyObject* stepper, PyObject* site, PyObject* args, PyO
     if (needs_gradient(call.mask)) return {};
   }
   draw(call.values, call.generator);
-  for (const Launch& each : launches_) launch(each, call.values);
+  const py::object served = shared(at(own, NAME("served")));
+  for (const Launch& each : launches_) launch(each, site, served, call.values);
   if (!blend_.empty()) {
     PyObject* arguments[] = {call.values.at(blend_[0]).ptr(), call.values.at(blend_[1]).ptr(), call.mask.ptr()};
     call.values[blend_[0]] = Value(owned(PyObject_Vectorcall(Torch::get().lerp.ptr(), arguments, 3, nullptr)));
