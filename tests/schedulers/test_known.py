@@ -208,14 +208,13 @@ def test_errors_leave_no_trace() -> None:
     scheduler, walk, x = _prepared("EulerAncestralDiscreteScheduler")
     before, counts = dict(vars(scheduler)), sys.getrefcount(x)
     for _ in range(3):
-        with pytest.raises(Exception, match="generator") as raised:
+        with pytest.raises(AttributeError, match="has no attribute 'device'"):
             walk.step(2, x, x, generator="none")
         stock = make("EulerAncestralDiscreteScheduler")
         set_timesteps(stock, 5)
-        with pytest.raises(type(raised.value)):
+        with pytest.raises(AttributeError, match="has no attribute 'device'"):
             Walk(stock).step(2, x, x, generator="none")
         assert vars(scheduler) == before
-    del raised
     gc.collect()
     assert sys.getrefcount(x) == counts
     assert fields(walk.step(2, x, x))["prev_sample"].isfinite().all()
@@ -238,16 +237,16 @@ def test_nothing_is_leaked(name: str) -> None:
         del sample, walk
         gc.collect()
         alive = sum(ref() is not None for ref in outputs)
-        counts = [sys.getrefcount(o) for o in (x, x.dtype, x.device, Tensor, scheduler, scheduler.timesteps)]
+        counts = [sys.getrefcount(o) for o in (None, x, x.dtype, Tensor, scheduler, scheduler.timesteps)]
         return alive, counts
 
-    few = generations(6)
-    objects = len(gc.get_objects())
-    none = sys.getrefcount(None)
-    many = generations(40)
-    assert many == few
-    assert abs(len(gc.get_objects()) - objects) < 10
-    assert abs(sys.getrefcount(None) - none) < 40
+    generations(10)
+    before, objects = generations(10), len(gc.get_objects())
+    after = generations(40)
+    assert after[0] == before[0] == 0  # samples alive
+    # Whatever a generation left behind would be there 40 times.
+    assert all(abs(now - then) < 40 for now, then in zip(after[1], before[1], strict=True))
+    assert abs(len(gc.get_objects()) - objects) < 40
     gone = weakref.ref(site_of(scheduler).state)  # type: ignore[union-attr]
     del scheduler
     gc.collect()
