@@ -434,7 +434,10 @@ bool KnownStep::is_there(PyObject* stepper, Call& call) const {
   call.left = shared(at(own, NAME("_left")));
   call.contents = shared(at(own, NAME("_contents")));
   if (!identical(call.attributes.ptr(), call.left.ptr(), begin_name_.ptr())) return false;
-  if (begin_ && !same(at(call.attributes, begin_name_), begin_.ptr())) return false;
+  if (begin_) {
+    PyObject* begin = at(call.attributes, begin_name_);  // which not every scheduler has
+    if (!same(begin ? begin : Py_None, begin_.ptr())) return false;
+  }
   Py_ssize_t found = 0;
   for (const py::object& name : lists_) {
     PyObject* list = at(call.attributes, name);
