@@ -115,7 +115,15 @@ bool identical(PyObject* a, PyObject* b) {
   return true;
 }
 
+// A borrowed object that other threads may have taken away meanwhile.
+PyObject* still_there(PyObject* o) {
+  if (o) return o;
+  PyErr_Clear();
+  throw std::runtime_error("fastdiff: the scheduler was changed while it made a step");
+}
+
 void replace(PyObject* list, const py::object& items) {
+  if (!PyList_CheckExact(still_there(list))) still_there(nullptr);
   if (PyList_SetSlice(list, 0, PyList_GET_SIZE(list), items.ptr())) throw py::error_already_set();
 }
 
@@ -209,7 +217,9 @@ struct After {
       constant = after.attr("value");
   }
   const py::object& of(const std::vector<Value>& values) const {
-    return position < 0 ? constant : values.at(position).object();
+    const py::object& found = position < 0 ? constant : values.at(position).object();
+    if (!found) throw std::runtime_error("fastdiff: a known step has no value " + std::to_string(position));
+    return found;
   }
 };
 
@@ -291,7 +301,11 @@ struct Call {
   py::object attributes, left, contents;
 };
 
-#define NAME(name) ([]() -> const py::object& { static const py::object* n = new py::object(interned(name)); return *n; }())
+#define NAME(name)                                                 \
+  ([]() -> const py::object& {                                     \
+    static const py::object* kept = new py::object(interned(name)); \
+    return *kept;                                                  \
+  }())
 
 std::vector<std::pair<py::object, py::object>> pairs(const py::handle& items) {
   std::vector<std::pair<py::object, py::object>> found;
@@ -542,11 +556,13 @@ void KnownStep::keep_books(const Call& call) const {
   }
   for (const auto& [name, value] : state_) assign(name, value);
   if (!past_.empty()) {
-    PyObject* past = at(call.attributes, past_name_);
+    PyObject* past = still_there(at(call.attributes, past_name_));
     py::list items(past_.size());
     for (size_t i = 0; i < past_.size(); ++i) {
-      const Py_ssize_t position = past_[i].is_none() ? 0 : py::cast<Py_ssize_t>(past_[i]);
-      items[i] = past_[i].is_none() ? py::none() : position < 0 ? call.timestep : shared(PyList_GetItem(past, position));
+      items[i] = py::none();
+      if (past_[i].is_none()) continue;
+      const auto position = py::cast<Py_ssize_t>(past_[i]);
+      items[i] = position < 0 ? call.timestep : shared(still_there(PyList_GetItem(past, position)));
     }
     replace(past, items);
   }
@@ -618,8 +634,10 @@ py::object known_step(const py::dict& parts) {
   static PyMethodDef method = {"known_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_known)),
                                METH_FASTCALL, "(stepper, site, args, kwargs) -> the step's result, or NotImplemented"};
   auto known = std::make_unique<KnownStep>(parts);
-  py::capsule capsule(known.get(), "fastdiff.known_step",
-                      [](PyObject* c) { delete static_cast<KnownStep*>(PyCapsule_GetPointer(c, "fastdiff.known_step")); });
+  const auto destroy = [](PyObject* c) {
+    delete static_cast<KnownStep*>(PyCapsule_GetPointer(c, "fastdiff.known_step"));
+  };
+  py::capsule capsule(known.get(), "fastdiff.known_step", destroy);
   known.release();
   return owned(PyCFunction_NewEx(&method, capsule.ptr(), nullptr));
 }

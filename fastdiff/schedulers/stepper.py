@@ -31,7 +31,9 @@ class Stepper:
 
     A step is found in one of two ways: by all that it depends on, the call's arguments and what the scheduler holds;
     or, much faster, as the one that came next the last time. For that the scheduler must hold the very objects that the
-    step before has left, and then only the call's arguments need comparing.
+    step before has left, and then only the call's arguments need comparing. A step that ran so once is done as a whole
+    by the extension (:mod:`fastdiff.schedulers.known`), which knows ``scheduler``, ``schedule``, ``_left`` and
+    ``_contents`` by name.
 
     Args:
         scheduler: a stock scheduler of Diffusers.
