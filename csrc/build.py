@@ -79,7 +79,10 @@ class Build:
         python, pybind11 = Path(sysconfig.get_paths()["include"]), pybind11_include()
         info = self.folder / "build_info.h"
         yield self.cxx_step(CSRC / "cpu/isa.cpp", "")
-        yield self.cxx_step(CSRC / "module.cpp", "", "-include", str(info), *isystem(pybind11, python))
+        for source in sorted(CSRC.glob("*.cpp")):
+            include = ("-include", str(info)) if source.stem == "module" else ()
+            # Otherwise pybind11 looks whether the GIL is held wherever it counts a reference.
+            yield self.cxx_step(source, "", "-DNDEBUG", *include, *isystem(pybind11, python))
         abi = f"-DTORCH_TARGET_VERSION=0x{TORCH_ABI[0]:02x}{TORCH_ABI[1]:02x}000000000000"
         for source in sorted(CSRC.glob("ops/*.cpp")):
             yield self.cxx_step(source, "", abi, *isystem(self.torch.path / "include"))

@@ -84,4 +84,6 @@ def prepare(
         )  # fmt: skip
         return following, new, other
 
+    # For `known_step`, which does the same without Python.
+    vars(step).update(bound=call, make=(first, second, third))
     return step

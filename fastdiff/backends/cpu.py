@@ -161,23 +161,13 @@ def _qk_norm_rope(
 
 
 def _scheduler_step(
-    sample: Tensor,
-    model_output: Tensor,
-    history: Sequence[Tensor],
-    noise: Tensor | None,
-    prev: Sequence[float],
-    entry: Sequence[float],
-    clip: float | None = None,
-    prev_dtype: torch.dtype | None = None,
-    entry_dtype: torch.dtype | None = None,
-    kept: Sequence[float] = (),
-    kept_dtype: torch.dtype | None = None,
+    sample: Tensor, model_output: Tensor, history: Sequence[Tensor], noise: Tensor | None, *args: Any, **kwargs: Any
 ) -> str | None:
     if len(history) > 8:
         return f"there are {len(history)} history tensors, more than 8"
-    for dtype in (prev_dtype, entry_dtype, kept_dtype):
-        if dtype is not None and dtype not in DTYPES:
-            return f"a result's dtype is {str(dtype)[6:]}"
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.dtype) and value not in DTYPES:
+            return f"a result's dtype is {str(value)[6:]}"
     tensors = sample, model_output, noise, *history
     if not sample.is_contiguous():
         # The kernel runs over memory in order, and copies what is laid out otherwise only to contiguous.

@@ -146,15 +146,19 @@ class Next:
         step: the step.
         launches: its launches.
         state: what the state attributes are afterwards.
+        known: runs it at once, if the arguments are passed in the form ``form``; see
+            :mod:`fastdiff.schedulers.known`.
     """
 
-    __slots__ = ("key", "launches", "state", "step")
+    __slots__ = ("form", "key", "known", "launches", "state", "step")
 
     def __init__(self, key: tuple[Any, ...], step: Step, shape: torch.Size) -> None:
         self.key, self.step = key, step
         pairs = zip(step.plan.launches, step.arguments, strict=True)
         self.launches = tuple([Served(i, *pair) for i, pair in enumerate(pairs)])
         self.state = {name: shape[2:] if type(value) is torch.Size else value for name, value in step.plan.state}
+        self.form: tuple[Any, ...] = ()
+        self.known: Callable[..., Any] | None = None
 
 
 def plan_of(step: LinearStep) -> Plan:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from operator import attrgetter, itemgetter
-from typing import Any, NamedTuple
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +11,14 @@ from torch.autograd import forward_ad
 
 from fastdiff.backends import overridden
 from fastdiff.patching._site import Site
+from fastdiff.schedulers.known import Call as KnownCall
+from fastdiff.schedulers.known import known_step
 from fastdiff.schedulers.plan import Next, Place, Step, plan_of
 from fastdiff.schedulers.probe import CLAMPED, MODEL_OUTPUT, NOISE, SAMPLE, Call, Constant, Moment, NotLinear, probe
 from fastdiff.schedulers.samplers import Sampler
 from fastdiff.schedulers.schedule import Configuration, Schedule, ordinary_tensors
 from fastdiff.schedulers.setting import is_hashable
+from fastdiff.schedulers.signature import Arguments, Signature
 
 #: Steps kept per configuration.
 MAX_STEPS = 4096
@@ -30,7 +31,9 @@ class Stepper:
 
     A step is found in one of two ways: by all that it depends on, the call's arguments and what the scheduler holds;
     or, much faster, as the one that came next the last time. For that the scheduler must hold the very objects that the
-    step before has left, and then only the call's arguments need comparing.
+    step before has left, and then only the call's arguments need comparing. A step that ran so once is done as a whole
+    by the extension (:mod:`fastdiff.schedulers.known`), which knows ``scheduler``, ``schedule``, ``_left`` and
+    ``_contents`` by name.
 
     Args:
         scheduler: a stock scheduler of Diffusers.
@@ -55,16 +58,7 @@ class Stepper:
 
         sampler = self.sampler
         self._randn = randn_tensor
-        parameters = list(inspect.signature(getattr(type(self.scheduler), sampler.method)).parameters.values())[1:]
-        self._names = tuple(p.name for p in parameters)
-        self._defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        # The order in which a call's arguments are taken; ``None`` is one that this step does not have.
-        self._special = (*sampler.names, sampler.noise, "generator", sampler.mask, *sampler.tensors, *sampler.timesteps)
-        self._others = tuple(name for name in self._names if name not in self._special)
-        self._rest = (*self._defaults.values(), None)
-        self._tensors, self._times = len(sampler.tensors), len(sampler.tensors) + len(sampler.timesteps)
-        self._unknown = tuple(name for name in self._others if name not in (*sampler.scalars, "return_dict"))
-        self._forms: dict[tuple[Any, ...], Callable[[tuple[Any, ...]], tuple[Any, ...]] | None] = {}
+        self.signature = Signature(self.scheduler, sampler)
         self._lists = (*sampler.history, *([] if sampler.past is None else [sampler.past]))
         self.schedule = Schedule(self.scheduler, sampler)
         self._moved: tuple[Tensor, int, Tensor] | None = None
@@ -144,6 +138,13 @@ class Stepper:
 
     def step(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's step; arguments and result as in the stock one."""
+        if not torch.compiler.is_compiling():
+            following = None if self._place is None else self._place.next
+            if following is not None and following.known is not None:
+                result = following.known(self, site, args, kwargs)
+                if result is not NotImplemented:
+                    self._place = following.step
+                    return result
         result = self._fused(site, args, kwargs)
         if type(result) is str:
             return site.stock(result, self.scheduler, *args, name=self.sampler.method, **kwargs)
@@ -152,12 +153,8 @@ class Stepper:
     def _fused(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The step's result, or as a string why the stock step has to give it."""
         sampler, schedule = self.sampler, self.schedule
-        form = len(args), *kwargs
-        arrange = self._forms[form] if form in self._forms else self._arrange(form)
-        if arrange is None:
-            return "the arguments do not fit the step"
-        model_output, timestep, sample, noise, generator, mask, *more = arrange((*args, *kwargs.values(), *self._rest))
-        if not (isinstance(sample, Tensor) and isinstance(model_output, Tensor)):
+        given = self.signature.arrange(args, kwargs)
+        if given is None or not (isinstance(given.sample, Tensor) and isinstance(given.model_output, Tensor)):
             return "the arguments do not fit the step"
         if torch._C._is_any_autocast_enabled():
             return "autocast is on"
@@ -165,81 +162,79 @@ class Stepper:
             return "the step is being compiled"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "a transform of torch.func is active"  # for vmap, the op has no batching rule
-        if sample.layout is not torch.strided:
-            return _NOT_STRIDED
-        if noise is not None and generator is not None:
+        if given.noise is not None and given.generator is not None:
             return "variance_noise comes with a generator"
         if not self._is_there():
             self._arrive()
 
         attributes = vars(self.scheduler)
-        tensors, times, others = more[: self._tensors], more[self._tensors : self._times], more[self._times :]
-        values = [sample, model_output, None, noise, None]
-        for entry in (*map(attributes.get, sampler.history), *tensors):
+        values = [given.sample, given.model_output, None, given.noise, None]
+        for entry in (*map(attributes.get, sampler.history), *given.tensors):
             values += [t for t in (entry if type(entry) is list else (entry,)) if isinstance(t, Tensor)]
+        try:
+            kinds = [t if t is None else _kind(t) for t in (given.mask, *values)]
+        except AttributeError:
+            return "the arguments do not fit the step"
+        if any(kind is not None and kind[-1] is not torch.strided for kind in kinds):
+            return "a tensor is sparse, or has another layout that is not strided"
         begin = None
         moments: list[Moment | None] = []
         first = attributes.get("_step_index", 0) is None
         if first:
             begin = attributes.get("_begin_index")
         if sampler.by_timestep or first:
-            moments = [schedule.moment(timestep, sampler.per_sample), *map(schedule.moment, times)]
-        key = self._key(site, timestep, times, others, begin, moments, (mask, *values))
-        if key is None:
-            return "the arguments do not fit the step"
+            moments = [schedule.moment(given.timestep, sampler.per_sample), *map(schedule.moment, given.times)]
+        key = self._key(site, given, begin, moments, kinds)
         # Of a contiguous sample, kernels take history in any layout.
-        place = self._place if sample.is_contiguous() else None
+        place = self._place if given.sample.is_contiguous() else None
         following = None if place is None else place.next  # read once: other threads may set it
         if following is None or following.key != key:
-            step = self._find(_Arguments(sample, model_output, noise, mask, tensors, timestep, times, moments, begin,
-                                         others))
+            step = self._find(given, moments, begin)
             if isinstance(step, str):
                 return step
-            following = Next(key, step, sample.shape)
+            following = Next(key, step, given.sample.shape)
             if place is not None:
                 place.next = following
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*values, mask)):
+        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*values, given.mask)):
             return "a gradient is needed"
-        result = self._run(site, following, values, generator, mask, timestep)
+        before = values.copy()
+        result = self._run(site, following, values, given)
+        form = len(args), *kwargs
+        if following.form != form:
+            call = KnownCall(len(args), self.signature.by_name(args, kwargs), moments, first, begin, before, given.mask)
+            following.known = known_step(sampler, self._begins, self._lists, self._randn, site, following, call)
+            following.form = form
         if sampler.by_timestep and sampler.past is not None:
-            self._past = [*self._past, (timestep, moments[0])][-MAX_PAST:]
+            self._remember(given.timestep, moments[0])
         self._arrive(following.step)
         return result
 
-    def _arrange(self, form: tuple[Any, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]] | None:
-        """For calls with so many positional arguments and these named ones: what takes (*positional, *named, *rest) to
-        the arguments in the order of ``special`` and ``others``; ``None`` if that is no call."""
-        count, *named = form
-        names = [*self._names[:count], *named]
-        places = {name: i for i, name in [*enumerate(self._defaults, len(names)), *enumerate(names)]}
-        fits = count <= len(self._names) and len(set(names)) == len(names) and places.keys() == {*self._names}
-        absent = len(names) + len(self._defaults)  # of what this step does not have
-        ordered = itemgetter(*[places.get(name, absent) for name in (*self._special, *self._others)])
-        self._forms[form] = ordered if fits else None
-        return self._forms[form]
+    def _remember(self, timestep: Any, moment: Moment | None) -> None:
+        """Keep the value of a timestep that later steps look back at."""
+        self._past = [*self._past, (timestep, moment)][-MAX_PAST:]
 
     def _key(
-        self, site: Site, timestep: Any, times: list[Any], others: list[Any], begin: int | None,
-        moments: list[Moment | None], tensors: tuple[Any, ...],
-    ) -> tuple[Any, ...] | None:
-        """All that a step depends on and that the scheduler does not hold; ``None`` if one of ``tensors`` is none.
+        self, site: Site, given: Arguments, begin: int | None, moments: list[Moment | None], kinds: list[Any]
+    ) -> tuple[Any, ...]:
+        """All that a step depends on and that the scheduler does not hold.
 
         That is what may serve it (the backend and its override, forward-mode differentiation), the arguments' types
         and values, and the kinds of its tensors. The types come before the values, of which tensors do not compare.
         Those of ``times`` tell what is absent from what is no number: both have no moment.
         """
-        try:
-            kinds = [t if t is None else _kind(t) for t in tensors]
-        except AttributeError:
-            return None
-        types = [_type(timestep), *map(type, times), *map(type, others)]
-        return site.backend, overridden(), forward_ad._current_level, types, others, begin, moments, kinds
+        types = [_type(given.timestep), *map(type, given.times), *map(type, given.others)]
+        return site.backend, overridden(), forward_ad._current_level, types, given.others, begin, moments, kinds
 
-    def _find(self, arguments: _Arguments) -> Step | str:
-        """The step by all that it depends on, or why there is none."""
-        sample, model_output, noise, mask, tensors, timestep, times, moments, begin, others = arguments
+    def _find(self, given: Arguments, moments: list[Moment | None], begin: int | None) -> Step | str:
+        """The step by all that it depends on, or why there is none.
+
+        Args:
+            moments: values of the timestep and of further ones, where the step depends on them.
+            begin: ``_begin_index``, where it depends on that.
+        """
+        sample, model_output, noise, mask = given.sample, given.model_output, given.noise, given.mask
         sampler, attributes = self.sampler, vars(self.scheduler)
-        reason = sampler.refuse(self.scheduler, timestep)
+        reason = sampler.refuse(self.scheduler, given.timestep)
         if reason is not None:
             return reason
         configuration = self.schedule.configuration()
@@ -248,25 +243,24 @@ class Stepper:
         shape, device = sample.shape, sample.device
         if model_output.shape != shape or model_output.device != device or len(shape) < 2:
             return "model_output and sample differ in shape or device, or have one dimension"
-        if any(t is not None and t.layout is not torch.strided for t in (model_output, noise, mask)):
-            return _NOT_STRIDED
         if noise is not None and (noise.shape != shape or noise.device != device):
             return "variance_noise comes in another shape or on another device"
         if sampler.mask is not None and not _masks(mask, sample):
             return "the mask has another dtype or device than the sample, or does not broadcast to it"
-        named = dict(zip(self._others, others, strict=True))
-        for name in self._unknown:
-            if named[name] is not self._defaults.get(name, self):
+        named = dict(zip(self.signature.others, given.others, strict=True))
+        for name in self.signature.unknown:
+            if named[name] is not self.signature.defaults.get(name, self):
                 return f"the argument {name} is given"
         for name in sampler.scalars:
-            if named[name] is None and self._defaults.get(name) is False:
+            if named[name] is None and self.signature.defaults.get(name) is False:
                 named[name] = False  # pipelines pass None for a switch that is off
         scalars = tuple([named[name] for name in sampler.scalars])
         for scalar in scalars:
             if not isinstance(scalar, (int, float)):
                 return f"an argument of the step is a {type(scalar).__name__}, not a number"
 
-        for name, time, moment in zip(("timestep", *sampler.timesteps), (timestep, *times), moments, strict=False):
+        times = given.timestep, *given.times
+        for name, time, moment in zip(("timestep", *sampler.timesteps), times, moments, strict=False):
             if moment is None and (time is not None or name == "timestep"):
                 return f"{name} is not one number"
         past = self._past_moments()
@@ -274,15 +268,13 @@ class Stepper:
             return "an earlier timestep is not one number"
 
         history: list[Any] = []
-        for entry in (*[attributes.get(name) for name in sampler.history], *tensors):
+        for entry in (*[attributes.get(name) for name in sampler.history], *given.tensors):
             many = type(entry) is list
             found: list[Any] = []
             for tensor in entry if many else (entry,):
                 if isinstance(tensor, Tensor):
                     if tensor.shape != shape or tensor.device != device:
                         return "a history tensor differs from the sample in shape or device"
-                    if tensor.layout is not torch.strided:
-                        return _NOT_STRIDED
                     found.append(tensor.dtype)
                 elif tensor is None or type(tensor) is int:
                     found.append(tensor)
@@ -312,12 +304,12 @@ class Stepper:
         values = all((t is None) is (m is None) for t, m in zip(timesteps, moments, strict=True))
         return tuple(moments) if values else None
 
-    def _run(self, site: Site, following: Next, values: list[Any], generator: Any, mask: Any, timestep: Any) -> Any:
+    def _run(self, site: Site, following: Next, values: list[Any], given: Arguments) -> Any:
         """The step's result."""
         plan = following.step.plan
         sample, model_output = values[SAMPLE], values[MODEL_OUTPUT]
         for position, dtype in enumerate(plan.drawn, NOISE):
-            values[position] = self._randn(model_output.shape, generator, device=model_output.device, dtype=dtype)
+            values[position] = self._randn(model_output.shape, given.generator, device=model_output.device, dtype=dtype)
         for launch in following.launches:
             tensors = (sample, model_output, [values[j] for j in launch.history],
                        values[NOISE] if launch.noise else None)
@@ -332,7 +324,7 @@ class Stepper:
                 values.append(kept)
         if plan.blend is not None:
             zero, one = plan.blend
-            values[zero] = torch.lerp(values[zero], values[one], mask)
+            values[zero] = torch.lerp(values[zero], values[one], given.mask)
         attributes = vars(self.scheduler)
         for name, after in plan.history:
             if isinstance(after, list):
@@ -342,7 +334,7 @@ class Stepper:
         attributes.update(following.state)
         if plan.past:
             past = attributes[self.sampler.past]
-            past[:] = [None if j is None else timestep if j < 0 else past[j] for j in plan.past]
+            past[:] = [None if j is None else given.timestep if j < 0 else past[j] for j in plan.past]
         fields = [values[a] if isinstance(a, int) else a.value for _, a in plan.fields]
         if plan.output is tuple:
             return tuple(fields)
@@ -374,25 +366,7 @@ class Stepper:
         return step
 
 
-class _Arguments(NamedTuple):
-    """Those of a step; ``moments`` are the values of ``timestep`` and ``times``, and ``begin`` is that of
-    ``_begin_index``, where the step depends on them."""
-
-    sample: Tensor
-    model_output: Tensor
-    noise: Any
-    mask: Any
-    tensors: list[Any]
-    timestep: Any
-    times: list[Any]
-    moments: list[Moment | None]
-    begin: int | None
-    others: list[Any]
-
-
 _SOME_MOMENT = Moment(0, None)
-
-_NOT_STRIDED = "a tensor is sparse, or has another layout that is not strided"
 
 
 def _masks(mask: Any, sample: Tensor) -> bool:
