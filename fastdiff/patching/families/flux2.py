@@ -19,6 +19,7 @@ from fastdiff.patching.blocks.adaln import (
     gated_feed_forward,
     guarded,
 )
+from fastdiff.patching.blocks.dispatched import stock_attention
 from fastdiff.patching.blocks.joint_attention import AttentionRow, attend, attention_block, heads_of, prepare, why_not
 from fastdiff.patching.blocks.token_norms import modulated, why_not_norms
 from fastdiff.patching.families import Family
@@ -100,7 +101,7 @@ def parallel_attention(
     if kwargs:
         reason = f"called with {', '.join(kwargs)}"
     if reason is not None:
-        return site.stock(reason, self, hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        return stock_attention(site, reason, self, hidden_states, attention_mask, image_rotary_emb, **kwargs)
     h = self.to_qkv_mlp_proj(hidden_states)
     # Under tensor parallelism both parts are narrower, by the same factor.
     qkv, mlp = 3 * self.inner_dim, self.mlp_hidden_dim * self.mlp_mult_factor
