@@ -126,7 +126,7 @@ def patched_attention(
 
 
 #: The backends in effect in a process with which patched modules have fused attention: nobody chose another one.
-DEFAULTS = ("native", NAME)
+DEFAULTS = ["native", NAME]
 
 
 def _parallel(

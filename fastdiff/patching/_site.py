@@ -214,7 +214,7 @@ class Site:
 
     def set_backend(self) -> None:
         """Let the owner's processor dispatch to fastdiff, if it dispatches and nobody chose a backend for it."""
-        processor = getattr(self.owner, "processor", None)
+        processor: Any = getattr(self.owner, "processor", None)
         member = registered(PATCHED)
         if member is not None and getattr(processor, "_attention_backend", 0) is None:
             vars(processor)[_BACKEND] = "_attention_backend" in vars(processor)

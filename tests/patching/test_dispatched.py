@@ -17,7 +17,8 @@ from diffusers.models.attention_dispatch import AttentionBackendName, _Attention
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from models import randomized
 from torch import Tensor, nn
-from transformer_models import TRANSFORMERS, outputs
+from transformer_case import outputs
+from transformer_models import TRANSFORMERS
 
 import fastdiff
 from fastdiff._launches import count_launches

@@ -12,7 +12,8 @@ import pytest
 from extent import ALL
 from fakes import contracts, fake_tensors
 from published import PLAIN
-from transformer_models import TRANSFORMERS, Transformer, as_loaded
+from transformer_case import Transformer, as_loaded
+from transformer_models import TRANSFORMERS
 from zoo import ZOO, Entry, model_class
 
 import fastdiff

@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import ImageProjection, IPAdapterTimeImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
-from transformer_models import TRANSFORMERS, Transformer, outputs
+from transformer_case import Transformer, outputs
+from transformer_models import TRANSFORMERS
 
 import fastdiff
 

@@ -190,7 +190,9 @@ def _refuse_added(module: Any) -> str | None:
 
 def _has_added(module: Any) -> bool:
     # Joint attention has queries of the text, too, and says what becomes of them.
-    return module.added_kv_proj_dim is not None and module.context_pre_only is None
+    # Subclasses need not have what ``Attention.__init__`` sets.
+    added = getattr(module, "added_kv_proj_dim", None) is not None
+    return added and getattr(module, "context_pre_only", None) is None
 
 
 ATTENTION = Block(

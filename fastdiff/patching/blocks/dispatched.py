@@ -57,11 +57,9 @@ def _why_not(attn: Any) -> str | None:
     processor = attn.processor
     if not dispatches(attn):
         return f"its processor is {type(processor).__name__}, which does not dispatch attention"
-    own = processor._attention_backend
-    if own is None or is_ours(own):
+    backend, allowed = processor._attention_backend, [NAME]
+    if backend is None or is_ours(backend):
         backend, allowed = _AttentionBackendRegistry._active_backend, DEFAULTS
-    else:
-        backend, allowed = own, (NAME,)
     if backend not in allowed:
         return f"the attention backend is {getattr(backend, 'value', backend)}"
     if getattr(processor, "_parallel_config", None) is not None:

@@ -301,10 +301,9 @@ def _why_never(attn: Any, row: AttentionRow | None) -> str | None:
         return f"its processor is {type(attn.processor).__name__}"
     if reason := row.refuse(attn):
         return reason
-    present = [norm for norm in norms if norm is not None]
-    if len({(type(norm), norm.eps) for norm in present}) > 1 or (norms[0] is None) != (norms[1] is None):
-        return "its norms differ"
-    if norms[0] is None and present:
+    if reason := why_they_differ(*norms):
+        return reason
+    if norms[0] is None and any(norm is not None for norm in norms):
         return "only the text is normalised"
     if getattr(attn, "add_q_proj", None) is not None and (norms[2] is None) != (norms[0] is None):
         return "only one stream is normalised"
@@ -317,6 +316,12 @@ def _why_never(attn: Any, row: AttentionRow | None) -> str | None:
     if getattr(attn, "norm_cross", None):
         return "it normalizes the context"
     return None
+
+
+def why_they_differ(*norms: Any) -> str | None:
+    """Why the norms, those of the image first, are not of one kind, or ``None``."""
+    present = {(type(norm), norm.eps) for norm in norms if norm is not None}
+    return "its norms differ" if len(present) > 1 or (norms[0] is None) != (norms[1] is None) else None
 
 
 def attention_block(cls: str, *rows: AttentionRow, function: Callable[..., Any] = joint_attention) -> Block:

@@ -60,6 +60,7 @@ def families() -> tuple[Family, ...]:
         flux,
         flux2,
         flux_kin,
+        hidream,
         hunyuan_dit,
         hunyuan_video,
         latte,
@@ -67,6 +68,7 @@ def families() -> tuple[Family, ...]:
         ltx2,
         lumina2,
         mochi,
+        omnigen,
         pixart,
         qwenimage,
         sana,
@@ -115,6 +117,8 @@ def families() -> tuple[Family, ...]:
         hunyuan_dit.HUNYUAN_DIT,
         hunyuan_dit.HUNYUAN_DIT_CONTROLNET,
         mochi.MOCHI,
+        hidream.HIDREAM,
+        omnigen.OMNIGEN,
     )  # fmt: skip
 
 

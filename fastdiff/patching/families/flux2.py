@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.ops import swiglu
 from fastdiff.patching.blocks import Block, activated_once, forward
 from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_CONTINUOUS,
@@ -20,6 +19,7 @@ from fastdiff.patching.blocks.adaln import (
     guarded,
 )
 from fastdiff.patching.blocks.dispatched import stock_attention
+from fastdiff.patching.blocks.feed_forward import silu_product
 from fastdiff.patching.blocks.joint_attention import AttentionRow, attend, attention_block, heads_of, prepare, why_not
 from fastdiff.patching.blocks.token_norms import modulated, why_not_norms
 from fastdiff.patching.families import Family
@@ -116,7 +116,7 @@ def parallel_attention(
 def flux2_swiglu(self: Any, x: Tensor) -> Tensor:
     """Replaces ``Flux2SwiGLU.forward``."""
     half = x.shape[-1] // 2
-    return self._fastdiff_site.serve("swiglu", swiglu, x[..., :half], x[..., half:])
+    return silu_product(self._fastdiff_site, self.gate_fn, x[..., :half], x[..., half:])
 
 
 def modulation(self: Any, temb: Tensor) -> Tensor:
