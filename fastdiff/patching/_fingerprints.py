@@ -35,6 +35,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "82f50e7c3c77455f": "0.38.0 0.39.0 0.40.0",
         "3d71d52a1547139f": "0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:AllegroAttnProcessor2_0.__call__": {
+        "91e0ebd9c6c63af9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:Attention.forward": {
         "b02fc45725a8e8f9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -247,6 +250,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.embeddings:apply_rotary_emb": {
         "11726922bd1ef54d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.embeddings:apply_rotary_emb_allegro": {
+        "866b23845e529087": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.embeddings:get_1d_rotary_pos_embed": {
         "57fbee87d72c045a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -351,6 +357,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_2d:Transformer2DModel._operate_on_continuous_inputs": {
         "8f5df6fdb131f3ca": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_allegro:AllegroTransformerBlock.forward": {
+        "144224957777e3d4": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_bria:BriaAttention.forward": {
         "38975cc788c7c51c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

@@ -215,8 +215,7 @@ class Site:
     def set_backend(self) -> None:
         """Let the owner's processor dispatch to fastdiff, if it dispatches and nobody chose a backend for it."""
         processor: Any = getattr(self.owner, "processor", None)
-        member = registered(PATCHED)
-        if member is not None and getattr(processor, "_attention_backend", 0) is None:
+        if getattr(processor, "_attention_backend", 0) is None and (member := registered(PATCHED)) is not None:
             vars(processor)[_BACKEND] = "_attention_backend" in vars(processor)
             processor._attention_backend = member
         if is_ours(getattr(processor, "_attention_backend", None)):

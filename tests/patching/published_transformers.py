@@ -82,5 +82,6 @@ REAL: dict[str, dict[str, Any]] = {
         "num_single_layers": 2, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_routed_experts": 2,
         "caption_channels": [4096, 4096], "axes_dims_rope": (64, 32, 32), "llama_layers": [0, 1, 2, 3],
     },
+    "Allegro": {},
     "OmniGen": {"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},
 }  # fmt: skip

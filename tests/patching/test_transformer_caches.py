@@ -105,7 +105,7 @@ _BY_BLOCK = ("FirstBlockCache", "MagCache", "layer skip")
 _UNREGISTERED = (
     "Chroma", "AuraFlow", "Lumina2", "Sana", "Stable Audio", "HunyuanDiT", "HunyuanDiT ControlNet", "ChronoEdit",
     "SkyReels V2", "HunyuanVideo 1.5", "LTX-2", "Sana ControlNet", "Cosmos", "LongCat-Image", "Ovis-Image", "ConsisID",
-    "CogView3 Plus", "Bria", "Bria Fibo", "HiDream-I1", "OmniGen",
+    "CogView3 Plus", "Bria", "Bria Fibo", "HiDream-I1", "OmniGen", "Allegro",
 )  # fmt: skip
 #: (model, cache) -> why Diffusers' newest version fails without patching, or skips nothing.
 STOCK_FAILS = {

@@ -7,6 +7,7 @@ launches patching must at least remove. The inputs are the families' own example
 from __future__ import annotations
 
 from diffusers import (
+    AllegroTransformer3DModel,
     AuraFlowTransformer2DModel,
     BriaFiboTransformer2DModel,
     BriaTransformer2DModel,
@@ -340,6 +341,10 @@ TRANSFORMERS = [
                  "rope_scaling": {"short_factor": [1.0] * 10, "long_factor": [2.0] * 10}, "time_step_dim": 16},
                 {"num_layers": 32}, 0.4,
                 {"OmniGenBlock": 2, "OmniGenFeedForward": 2, "Attention": 2, "AdaLayerNorm": 1}),
+    Transformer("Allegro", AllegroTransformer3DModel,
+                {"num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "num_layers": 2,
+                 "cross_attention_dim": 72, "sample_height": 8, "sample_width": 8, "caption_channels": 28},
+                {"num_layers": 32}, 0.4, {"AllegroTransformerBlock": 2, "Attention": 4, "GELU": 2}),
 ]  # fmt: skip
 
 #: Those whose blocks are replaced by another family's functions, and what these are tested for there is not repeated.

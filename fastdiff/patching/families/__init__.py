@@ -49,6 +49,7 @@ class Family:
 def families() -> tuple[Family, ...]:
     """All families of one model class each, imported here so that a family file can use this module."""
     from fastdiff.patching.families import (
+        allegro,
         auraflow,
         autoencoders,
         chroma,
@@ -119,6 +120,7 @@ def families() -> tuple[Family, ...]:
         mochi.MOCHI,
         hidream.HIDREAM,
         omnigen.OMNIGEN,
+        allegro.ALLEGRO,
     )  # fmt: skip
 
 
