@@ -16,16 +16,17 @@ DIFFUSERS_KNOWN := tests/models/unets tests/models/test_attention_processor.py t
     $(addprefix autoencoder_,dc hunyuan_video kl kl_cogvideox kl_temporal_decoder ltx2_video ltx_video magvit \
       mochi tiny wan)) \
   $(patsubst %,tests/models/transformers/test_models_%.py,dit_transformer2d pixart_transformer2d \
-    $(addprefix transformer_,aura_flow chroma chronoedit cogvideox cogview3plus cogview4 consisid cosmos flux flux2 \
-      hunyuan_1_5 hunyuan_dit hunyuan_video hunyuan_video_framepack latte longcat_image ltx ltx2 lumina2 mochi \
-      ovis_image qwenimage sana sd3 skyreels_v2 wan wan_vace z_image)) \
-  $(addprefix tests/pipelines/,animatediff audioldm2 aura_flow chroma chronoedit cogvideo cogview3 cogview4 consisid \
-    consistency_models controlnet controlnet_flux controlnet_hunyuandit controlnet_sd3 cosmos ddim ddpm deepfloyd_if \
-    dit flux flux2 hunyuan_image_21 hunyuan_video hunyuan_video1_5 hunyuandit ip_adapters kandinsky kandinsky2_2 \
-    kandinsky3 latent_consistency_models latent_diffusion latte ledits_pp longcat_image ltx ltx2 lumina2 marigold \
-    mochi ovis_image pag pixart_alpha pixart_sigma pndm qwenimage sana skyreels_v2 stable_audio stable_diffusion \
-    stable_diffusion_2 stable_diffusion_3 stable_diffusion_adapter stable_diffusion_image_variation \
-    stable_diffusion_xl stable_unclip stable_video_diffusion wan z_image) \
+    $(addprefix transformer_,allegro aura_flow bria bria_fibo chroma chronoedit cogvideox cogview3plus cogview4 \
+      consisid cosmos flux flux2 hidream hunyuan_1_5 hunyuan_dit hunyuan_video hunyuan_video_framepack latte \
+      longcat_image ltx ltx2 lumina2 mochi omnigen ovis_image qwenimage sana sd3 skyreels_v2 wan wan_vace z_image)) \
+  $(addprefix tests/pipelines/,allegro animatediff audioldm2 aura_flow bria bria_fibo chroma chronoedit cogvideo \
+    cogview3 cogview4 consisid consistency_models controlnet controlnet_flux controlnet_hunyuandit controlnet_sd3 \
+    cosmos ddim ddpm deepfloyd_if dit flux flux2 hidream_image hunyuan_image_21 hunyuan_video hunyuan_video1_5 \
+    hunyuandit ip_adapters kandinsky kandinsky2_2 kandinsky3 latent_consistency_models latent_diffusion latte \
+    ledits_pp longcat_image ltx ltx2 lumina2 marigold mochi omnigen ovis_image pag pixart_alpha pixart_sigma pndm \
+    qwenimage sana skyreels_v2 stable_audio stable_diffusion stable_diffusion_2 stable_diffusion_3 \
+    stable_diffusion_adapter stable_diffusion_image_variation stable_diffusion_xl stable_unclip \
+    stable_video_diffusion wan z_image) \
   $(patsubst %,tests/lora/test_lora_layers_%.py,auraflow cogvideox cogview4 flux flux2 hunyuanvideo ltx2 ltx_video \
     lumina2 mochi qwenimage sana sd sd3 sdxl wan wanvace z_image)
 DIFFUSERS_TESTS ?= $(patsubst $(DIFFUSERS)/%,%,$(wildcard $(addprefix $(DIFFUSERS)/,$(DIFFUSERS_KNOWN))))

@@ -23,7 +23,7 @@ from _results import SOURCES, Row, RowKey, load, source_digest, write
 from _runner import Job, Store, add_run_options, check_run_options, run_section, wanted
 from compare import Change
 from rich.table import Table
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 import fastdiff
 from fastdiff.patching.families import example_of
@@ -77,7 +77,7 @@ def of_transformer(case: Transformer) -> dict[str, Any]:
     try:
         with fake_tensors():
             return count(case.published(deep=True, device="cpu"), case.name, "published sizes")
-    except DataDependentOutputException:
+    except (DataDependentOutputException, DynamicOutputShapeException):
         with torch.no_grad():
             return count(case.build(deep=True), case.name, "tiny, all blocks")
 

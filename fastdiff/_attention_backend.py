@@ -1,29 +1,49 @@
 """The attention backend ``"fastdiff"`` of Diffusers' own dispatcher.
 
 It is there as soon as both packages are imported, in whichever order, for ``model.set_attention_backend("fastdiff")``,
-``with attention_backend("fastdiff")`` and context parallelism. ``fastdiff.patch`` does not need it and never sets it:
-Diffusers' setter switches the whole process. The environment variable ``DIFFUSERS_ATTN_BACKEND`` is read before the
-backend can exist, so it cannot name it.
+``with attention_backend("fastdiff")`` and context parallelism. Diffusers' setter switches the whole process, so
+``fastdiff.patch`` sets a second one by itself, on the processors of the patched model: :func:`patched_attention`. The
+environment variable ``DIFFUSERS_ATTN_BACKEND`` is read before the backend can exist, so it cannot name it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copyreg
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastdiff.ops.attention import attention
 
 NAME = "fastdiff"
+#: Of the member of Diffusers' enumeration that ``patch`` sets. It is not among those that a user can choose.
+PATCHED = "FASTDIFF_PATCHED"
 _DISPATCH = "diffusers.models.attention_dispatch"
+
+# A plain threading.local: torch.compile guards on its attributes.
+_calling = threading.local()
+
+
+@contextlib.contextmanager
+def attention_of(site: Any) -> Iterator[None]:
+    """Within the block, and in this thread, attention is dispatched for a patched module, and served by its site."""
+    outer = getattr(_calling, "site", None)
+    _calling.site = site
+    try:
+        yield
+    finally:
+        _calling.site = outer
 
 
 def dispatched_attention(
@@ -62,7 +82,51 @@ def dispatched_attention(
     groups = query.shape[2] // key.shape[2] if enable_gqa and key.shape[2] else 1
     if groups > 1:
         key, value = key.repeat_interleave(groups, 2), value.repeat_interleave(groups, 2)
-    return attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal, return_lse=return_lse)
+    site = getattr(_calling, "site", None)
+    if site is None:
+        return attention(query, key, value, attn_mask, scale=scale, is_causal=is_causal, return_lse=return_lse)
+    count = 0 if torch.compiler.is_compiling() else len(site.served)  # a processor may attend to several things
+    out, lse = site.serve(
+        f"attention {count + 1}" if count else "attention", attention, query, key, value, attn_mask, scale=scale,
+        is_causal=is_causal, return_lse=return_lse,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def patched_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    _parallel_config: Any = None,
+    **others: Any,
+) -> Any:
+    """:func:`dispatched_attention` in the calls of patched modules; elsewhere as if no backend were set.
+
+    So a processor that another model has, too, or that was kept when it was replaced, is nowhere else than before.
+
+    Raises:
+        ValueError: if context parallelism is on, and the backend in effect is not made for it.
+    """
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+
+    active = _AttentionBackendRegistry._active_backend
+    arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+    if getattr(_calling, "site", None) is not None and _parallel_config is None and active in DEFAULTS:
+        return dispatched_attention(*arguments, return_lse)
+    if _parallel_config is not None and not _AttentionBackendRegistry._is_context_parallel_available(active):
+        raise ValueError(f"the attention backend {active.value!r} does not support context parallelism")
+    others["return_lse"] = return_lse
+    return dispatch_attention_fn(*arguments, attention_kwargs=others, parallel_config=_parallel_config)
+
+
+#: The backends in effect in a process with which patched modules have fused attention: nobody chose another one.
+DEFAULTS = ["native", NAME]
 
 
 def _parallel(
@@ -107,20 +171,25 @@ def _backward_op(*args: Any, **kwargs: Any) -> Any:
 
 
 def register(dispatch: ModuleType) -> None:
-    """Add the backend to Diffusers' enumeration and registry; a warning where this Diffusers has others."""
+    """Add the backends to Diffusers' enumeration and registry; a warning where this Diffusers has others."""
     try:
         names, registry = dispatch.AttentionBackendName, dispatch._AttentionBackendRegistry
         if NAME in names._value2member_map_:
             return
-        member = str.__new__(names, NAME)
-        member._name_, member._value_ = NAME.upper(), NAME
+        member, patched = _member(names, NAME.upper()), _member(names, PATCHED)
+        arguments = set().union(*registry._supported_arg_names.values())
         # Everything that may fail comes before anything that changes Diffusers' state.
         checks = [dispatch._check_device, dispatch._check_shape]
         add = registry.register(member, constraints=checks, supports_context_parallel=True)
-        names._member_names_.append(NAME.upper())
-        names._member_map_[NAME.upper()] = names._value2member_map_[NAME] = member
-        type.__setattr__(names, NAME.upper(), member)
+        add_patched = registry.register(patched, supports_context_parallel=True)
+        names._member_names_.append(member._name_)
+        names._member_map_[member._name_] = names._value2member_map_[NAME] = member
+        type.__setattr__(names, member._name_, member)
+        type.__setattr__(names, PATCHED, patched)
+        copyreg.pickle(names, _reduce)
         add(dispatched_attention)
+        add_patched(patched_attention)
+        registry._supported_arg_names[patched] = arguments  # all that some backend takes, to be passed on
     except Exception as error:
         warnings.warn(
             f"this version of Diffusers does not take the attention backend {NAME!r} ({error}); "
@@ -128,6 +197,24 @@ def register(dispatch: ModuleType) -> None:
             RuntimeWarning,
             stacklevel=2,
         )
+
+
+def _member(names: Any, name: str) -> Any:
+    member = str.__new__(names, name.lower())  # by which the registry tells them apart
+    member._name_, member._value_ = name, NAME
+    return member
+
+
+def _reduce(member: Any) -> Any:
+    """How members are pickled: ours so that fastdiff is imported first."""
+    return (registered, (member._name_,)) if member._value_ == NAME else (type(member), (member._value_,))
+
+
+def registered(name: str) -> Any:
+    """The member of that name of Diffusers' enumeration; ``None`` where :func:`register` failed."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    return getattr(AttentionBackendName, name, None)
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):

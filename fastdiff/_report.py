@@ -258,7 +258,7 @@ def _row(prefix: str, site: Site) -> Row:
         return Row(path, cls, site.what, {}, STOCK, reason, site.kernel)
     served = {slot: choice.backend for slot, choice in list(site.served.items())}
     if site.declined:
-        served = {"call": "eager"}
+        served["call"] = "eager"
     backend = ", ".join(dict.fromkeys(served.values())) or NOT_RUN
     return Row(path, cls, site.what, served, backend, site.reason, site.kernel)
 

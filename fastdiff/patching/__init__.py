@@ -15,6 +15,7 @@ from fastdiff.backends import BACKENDS
 from fastdiff.patching._fingerprint import base, resolve, why_not_source, why_not_version
 from fastdiff.patching._patch import PATCH, Claim, Options, Patch, patch_of
 from fastdiff.patching.blocks import Block
+from fastdiff.patching.blocks.dispatched import DISPATCHED
 from fastdiff.patching.families import Family, family_of
 
 T = TypeVar("T")
@@ -270,7 +271,7 @@ def _patch_model(patch: Patch, family: Family) -> None:
     for module, path in paths.items():
         refused: dict[Any, tuple[str, Any, str, str]] = {}
         taken: set[Any] = set()
-        for block in family.blocks:
+        for block in (*family.blocks, DISPATCHED):
             cls = base(type(module), block.cls)
             if cls is None or module in covered or not block.applies(module):
                 continue
@@ -288,7 +289,8 @@ def _patch_model(patch: Patch, family: Family) -> None:
                 refused.setdefault(owner, (owner_path, owner, block.describe(module), reason))
                 continue
             covered.update(inside)
-            taken.add(owner)
+            if block is not DISPATCHED:  # that is not all which other blocks were refused for
+                taken.add(owner)
             patch.install(
                 owner_path, owner, block.describe(module), *block.methods(module),
                 state=block.state(module), reference=block.reference,

@@ -35,6 +35,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "82f50e7c3c77455f": "0.38.0 0.39.0 0.40.0",
         "3d71d52a1547139f": "0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention_processor:AllegroAttnProcessor2_0.__call__": {
+        "91e0ebd9c6c63af9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:Attention.forward": {
         "b02fc45725a8e8f9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -247,6 +250,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     "diffusers.models.embeddings:apply_rotary_emb": {
         "11726922bd1ef54d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.embeddings:apply_rotary_emb_allegro": {
+        "866b23845e529087": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.embeddings:get_1d_rotary_pos_embed": {
         "57fbee87d72c045a": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -351,6 +357,44 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_2d:Transformer2DModel._operate_on_continuous_inputs": {
         "8f5df6fdb131f3ca": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_allegro:AllegroTransformerBlock.forward": {
+        "144224957777e3d4": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria:BriaAttention.forward": {
+        "38975cc788c7c51c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria:BriaAttnProcessor.__call__": {
+        "b78e6b3b4da9bb6d": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria:BriaEmbedND.forward": {
+        "55299842b552976b": "0.38.0",
+        "6b860557f88d1a9a": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria:BriaSingleTransformerBlock.forward": {
+        "3870f7df6fb88d06": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria:BriaTransformerBlock.forward": {
+        "0a04c932db86322c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria:get_1d_rotary_pos_embed": {
+        "eee3827fab5123f9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria_fibo:BriaFiboAttention.forward": {
+        "3f58f84303b595c8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria_fibo:BriaFiboAttnProcessor.__call__": {
+        "614a9e8845a229e9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria_fibo:BriaFiboEmbedND.forward": {
+        "55299842b552976b": "0.38.0",
+        "6b860557f88d1a9a": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria_fibo:BriaFiboSingleTransformerBlock.forward": {
+        "4696b5dcb63e50e7": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_bria_fibo:BriaFiboTransformerBlock.forward": {
+        "85ae83ef6d8a56fb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_chroma:ChromaAdaLayerNormContinuousPruned.forward": {
         "071449e94dfe995c": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -459,6 +503,34 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_flux:FluxTransformerBlock.forward": {
         "85ae83ef6d8a56fb": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamAttention.forward": {
+        "003d904d04e1b334": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamAttnProcessor.__call__": {
+        "d70850b7f6e21952": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageEmbedND.forward": {
+        "8d8b4483658a450e": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageFeedForwardSwiGLU.forward": {
+        "fb1e97dbd5d97536": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageOutEmbed.forward": {
+        "b869671bb549b05b": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageSingleTransformerBlock.forward": {
+        "99031d5c904ae0e6": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:HiDreamImageTransformerBlock.forward": {
+        "0a7003e09a9cff08": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:apply_rope": {
+        "3c606cdc5909a273": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_hidream_image:rope": {
+        "f711cfcc6e157cb4": "0.38.0",
+        "361c213ee54bcbb0": "0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_hunyuan_video15:HunyuanVideo15AttnProcessor2_0.__call__": {
         "9ab787e4c210c402": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
@@ -573,6 +645,15 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.transformer_mochi:MochiTransformerBlock.forward": {
         "09d1b755221259bf": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_omnigen:OmniGenAttnProcessor2_0.__call__": {
+        "ad6a566f2a8c1ede": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_omnigen:OmniGenBlock.forward": {
+        "71240dc5f084ce64": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.transformer_omnigen:OmniGenFeedForward.forward": {
+        "df1d8ea26307d4b1": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_ovis_image:OvisImageAttention.forward": {
         "3f58f84303b595c8": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

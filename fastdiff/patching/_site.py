@@ -12,6 +12,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType, MethodType
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from fastdiff._attention_backend import PATCHED, registered
 from fastdiff.backends import Choice, use_backend
 from fastdiff.ops._library import FusedOp
 
@@ -173,6 +175,7 @@ class Site:
         reference: (owner, ...) -> what the stock code computes in place of the first replacement, where that is
             not simply the stock method.
         kernel: whether fused kernels serve it, and not oneDNN with a packed weight.
+        processors: of attention, those whose backend it has set.
     """
 
     owner: Any
@@ -185,6 +188,7 @@ class Site:
     state: Any = None
     reference: Callable[..., Any] | None = None
     kernel: bool = True
+    processors: weakref.WeakSet[Any] = field(default_factory=weakref.WeakSet)
 
     def install(self) -> str | None:
         """Install all replacements, or none; returns why not."""
@@ -196,6 +200,7 @@ class Site:
                 return reason
         for replacement in self.replacements:
             vars(replacement.owner)[SITE] = self
+        self.set_backend()
         return None
 
     def restore(self) -> None:
@@ -203,6 +208,24 @@ class Site:
         for replacement in self.replacements:
             replacement.restore()
             vars(replacement.owner).pop(SITE, None)
+        for processor in list(self.processors):
+            _unset_backend(processor)
+        self.processors.clear()
+
+    def set_backend(self) -> None:
+        """Let the owner's processor dispatch to fastdiff, if it dispatches and nobody chose a backend for it."""
+        processor: Any = getattr(self.owner, "processor", None)
+        if getattr(processor, "_attention_backend", 0) is None and (member := registered(PATCHED)) is not None:
+            vars(processor)[_BACKEND] = "_attention_backend" in vars(processor)
+            processor._attention_backend = member
+        if is_ours(getattr(processor, "_attention_backend", None)):
+            self.processors.add(processor)
+
+    def unset_backend(self) -> None:
+        """Undo :meth:`set_backend`."""
+        processor = getattr(self.owner, "processor", None)
+        if processor is not None:
+            _unset_backend(processor)
 
     def serve(self, slot: str, op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run ``op`` by whatever serves it, and note that under ``slot``."""
@@ -241,7 +264,28 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         # A Choice holds functions that do not pickle, and speaks of calls that a copy has not made.
-        return {**vars(self), "served": {}, "declined": ""}
+        return {**vars(self), "served": {}, "declined": "", "processors": list(self.processors)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, processors=weakref.WeakSet(state["processors"]))
+
+
+#: Name, in the ``__dict__`` of a processor whose backend was set: whether it had one of its own, ``None``, before.
+_BACKEND = "_fastdiff_backend"
+
+
+def is_ours(backend: Any) -> bool:
+    """Whether a processor's backend is the one that patching sets."""
+    return getattr(backend, "_name_", None) == PATCHED
+
+
+def _unset_backend(processor: Any) -> None:
+    own = vars(processor).pop(_BACKEND, False)
+    if is_ours(vars(processor).get("_attention_backend")):
+        if own:
+            processor._attention_backend = None
+        else:
+            del processor._attention_backend
 
 
 def site_of(owner: Any) -> Site | None:

@@ -12,7 +12,7 @@ from actions import add_lora
 from fake_recorder import FakeRecorder
 from models import CASES, sd15_unet
 from torch import Tensor
-from transformer_models import outputs
+from transformer_case import outputs
 
 import fastdiff
 from fastdiff.patching import patch_of

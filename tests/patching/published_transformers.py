@@ -76,4 +76,12 @@ REAL: dict[str, dict[str, Any]] = {
     "Ovis-Image": {"num_single_layers": 2},
     "ConsisID": _COGVIDEOX_REAL | {"num_attention_heads": 48, "use_rotary_positional_embeddings": True},
     "CogView3 Plus": {},
+    "Bria": {"num_single_layers": 2, "axes_dims_rope": (16, 56, 56)},
+    "Bria Fibo": {"num_single_layers": 2, "in_channels": 48, "text_encoder_dim": 2048},
+    "HiDream-I1": {  # with 2 experts, which are all taken, of 4
+        "num_single_layers": 2, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_routed_experts": 2,
+        "caption_channels": [4096, 4096], "axes_dims_rope": (64, 32, 32), "llama_layers": [0, 1, 2, 3],
+    },
+    "Allegro": {},
+    "OmniGen": {"rope_scaling": {"short_factor": [1.0] * 48, "long_factor": [1.0] * 48}},
 }  # fmt: skip

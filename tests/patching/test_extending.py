@@ -12,7 +12,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor, nn
-from transformer_models import TRANSFORMERS, outputs
+from transformer_case import outputs
+from transformer_models import TRANSFORMERS
 
 import fastdiff
 from fastdiff.patching._site import site_of

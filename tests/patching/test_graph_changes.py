@@ -19,7 +19,7 @@ from hazards import HAZARDS
 from models import sd15_unet
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformer_models import outputs
+from transformer_case import outputs
 
 import fastdiff
 from fastdiff.patching import _graph_calls, _graph_state, _graphs, patch_of

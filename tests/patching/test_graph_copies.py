@@ -16,7 +16,7 @@ import torch
 from fake_recorder import FakeRecorder
 from graph_pairs import DIT, FIRST, SD, assign, captured, inputs, pair_of, recorder_of, same, stats_of, with_lora
 from models import dit, run_sd, sd15_unet, sd_pipeline, vae
-from transformer_models import outputs
+from transformer_case import outputs
 
 import fastdiff
 from fastdiff._report import Graphs

@@ -16,7 +16,8 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from graph_pairs import FIRST, SDXL, captured, inputs, pair_of, recorder_of, same, stats_of
 from models import CASES, randomized, run_sd, sd15_unet, sd_pipeline
 from torch import Tensor
-from transformer_models import TRANSFORMERS, outputs
+from transformer_case import outputs
+from transformer_models import TRANSFORMERS
 
 import fastdiff
 from fastdiff.patching import _graph_calls, _graphs, patch_of

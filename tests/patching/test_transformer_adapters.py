@@ -12,7 +12,8 @@ from diffusers.models.attention_processor import SD3IPAdapterJointAttnProcessor2
 from diffusers.models.embeddings import ImageProjection, IPAdapterTimeImageProjection, MultiIPAdapterImageProjection
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import Tensor
-from transformer_models import TRANSFORMERS, Transformer, outputs
+from transformer_case import Transformer, outputs
+from transformer_models import TRANSFORMERS
 
 import fastdiff
 
@@ -50,18 +51,19 @@ def _sd3_adapter(model: Any) -> Tensor:
     return torch.randn(2, 5, IMAGE)
 
 
-#: Model -> how its IP-Adapter is loaded, and which attention it leaves to us.
-ADAPTERS: dict[str, tuple[Callable[[Any], Tensor], str]] = {
-    "Flux dev": (_flux_adapter, "single_transformer_blocks"),
-    "SD3.5 medium": (_sd3_adapter, "none"),
+#: Model -> how its IP-Adapter is loaded, which attention it leaves to us, and what of its own we serve: Flux's
+#: dispatches attention twice, the second time to the picture.
+ADAPTERS: dict[str, tuple[Callable[[Any], Tensor], str, set[str]]] = {
+    "Flux dev": (_flux_adapter, "single_transformer_blocks", {"attention", "attention 2"}),
+    "SD3.5 medium": (_sd3_adapter, "none", set()),
 }
 
 
 @pytest.mark.parametrize("first", ["adapter", "patch"])
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_ip_adapter(name: str, first: str) -> None:
-    """Its processors run as they are, and everything around them by kernels."""
-    case, (load, ours_within) = _named(name), ADAPTERS[name]
+    """Its processors run as they are, with our attention where they dispatch; everything around them by kernels."""
+    case, (load, ours_within, dispatched) = _named(name), ADAPTERS[name]
     model = case.build()
     inputs = case.inputs(0, model=model)
     plain = outputs(model, inputs)
@@ -88,7 +90,9 @@ def test_ip_adapter(name: str, first: str) -> None:
             continue
         foreign = "Attention" in row.cls and not row.path.startswith(ours_within)
         assert row.fused is not foreign, row
-        assert not foreign or "its processor is " in row.reason, row
+        if foreign:
+            assert "its processor is " in row.reason, row
+            assert {slot for slot, backend in row.served_by.items() if backend == "cpu"} == dispatched, row
 
 
 #: Model -> its ControlNet, and which arguments take its results.

@@ -28,7 +28,8 @@ from diffusers.hooks import (
     apply_taylorseer_cache,
 )
 from torch import Tensor
-from transformer_models import OWN_BLOCKS, TRANSFORMERS, Transformer, outputs
+from transformer_case import Transformer, outputs
+from transformer_models import OWN_BLOCKS, TRANSFORMERS
 
 import fastdiff
 
@@ -78,7 +79,7 @@ def _taylor_seer(model: Any, clock: _Clock) -> None:
         cache_interval=2,
         disable_cache_before_step=1,
         taylor_factors_dtype=torch.float32,
-        cache_identifiers=[_BLOCKS + r"(attn\d?|attention)"],
+        cache_identifiers=[_BLOCKS + r"(block\.)?((self_)?attn\d?|attention)"],
     )
     apply_taylorseer_cache(model, config)
 
@@ -104,14 +105,18 @@ _BY_BLOCK = ("FirstBlockCache", "MagCache", "layer skip")
 _UNREGISTERED = (
     "Chroma", "AuraFlow", "Lumina2", "Sana", "Stable Audio", "HunyuanDiT", "HunyuanDiT ControlNet", "ChronoEdit",
     "SkyReels V2", "HunyuanVideo 1.5", "LTX-2", "Sana ControlNet", "Cosmos", "LongCat-Image", "Ovis-Image", "ConsisID",
-    "CogView3 Plus",
+    "CogView3 Plus", "Bria", "Bria Fibo", "HiDream-I1", "OmniGen", "Allegro",
 )  # fmt: skip
 #: (model, cache) -> why Diffusers' newest version fails without patching, or skips nothing.
 STOCK_FAILS = {
     **{(name, cache): "its blocks are in no registry" for name in _UNREGISTERED for cache in _BY_BLOCK},
     **{("Z-Image", cache): "its blocks have no argument named hidden_states" for cache in _BY_BLOCK},
     **{("Latte", cache): "spatial and temporal blocks differ in shape" for cache in ("FirstBlockCache", "MagCache")},
-    **{(name, "FasterCache"): "it looks for attention under other names" for name in ("Z-Image", "Lumina2")},
+    **{
+        (name, "FasterCache"): "it looks for attention under other names"
+        for name in ("Z-Image", "Lumina2", "HiDream-I1", "OmniGen")
+    },
+    ("OmniGen", "PyramidAttentionBroadcast"): "its self-attention counts as cross-attention",
     **{
         (name, "layer skip"): "a skipped block's two results are exchanged"
         for name in ("Flux dev", "Flux ControlNet", "SD3", "SD3 ControlNet", "Qwen-Image", "Qwen-Image ControlNet")

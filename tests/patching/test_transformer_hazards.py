@@ -15,7 +15,8 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook, apply_group_offloading, apply_layerwise_casting
 from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
-from transformer_models import OWN_BLOCKS, TRANSFORMERS, Transformer, outputs, tensors, to_dtype
+from transformer_case import Transformer, outputs, tensors, to_dtype
+from transformer_models import OWN_BLOCKS, TRANSFORMERS
 
 import fastdiff
 from fastdiff.patching._site import site_of

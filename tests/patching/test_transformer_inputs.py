@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.activations import FP32SiLU
 from diffusers.models.attention_dispatch import attention_backend
-from torch import Tensor
-from transformer_models import TRANSFORMERS, Transformer, outputs
+from torch import Tensor, nn
+from transformer_case import Transformer, outputs
+from transformer_models import TRANSFORMERS
 
 import fastdiff
 
@@ -79,6 +81,16 @@ def test_reference_tokens_with_a_time_of_their_own() -> None:
         assert (ours - stock).norm() <= 1e-5 * stock.norm()
     rows = fastdiff.report(patched).rows
     assert {row.cls for row in rows if not row.fused} == {"Flux2Attention", "Flux2ParallelSelfAttention"}
+
+
+#: Model -> those of its classes that fuse an activation which is a module of its own.
+HAVE_AN_ACTIVATION = {
+    "Flux dev": {"FluxSingleTransformerBlock"},
+    "Flux2": {"Flux2SwiGLU"},
+    "Ovis-Image": {"SwiGLU", "OvisImageSingleTransformerBlock"},
+    "Lumina2": {"LuminaFeedForward"},
+    "OmniGen": {"OmniGenFeedForward"},
+}
 
 
 @pytest.mark.parametrize("name", ["Flux dev", "Flux2", "Chroma"])
@@ -173,3 +185,45 @@ def test_patched_while_another_backend_is_active() -> None:
         assert reasons == {"another attention backend is active"}
     outputs(model, inputs)
     assert all(row.fused for row in fastdiff.report(model).rows if row.cls == "Attention")
+
+
+def test_hidream_of_a_picture_that_is_not_square() -> None:
+    """It is padded to the largest size; keys of the padding are zero."""
+    case = _named("HiDream-I1")
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    changed = inputs | {"hidden_states": torch.randn(2, model.config.in_channels, 4, 6)}
+    expected = outputs(model, changed)
+    fastdiff.patch(model)
+    ours = outputs(model, changed)
+    assert not torch.equal(ours, expected)
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    assert all(row.fused for row in fastdiff.report(model).rows)
+
+
+#: Model -> those of its classes that fuse an activation which is a module of its own.
+HAVE_AN_ACTIVATION = {
+    "Flux dev": {"FluxSingleTransformerBlock"},
+    "Flux2": {"Flux2SwiGLU"},
+    "Ovis-Image": {"SwiGLU", "OvisImageSingleTransformerBlock"},
+    "Lumina2": {"LuminaFeedForward"},
+    "OmniGen": {"OmniGenFeedForward"},
+}
+
+
+@pytest.mark.parametrize("name", HAVE_AN_ACTIVATION)
+def test_hooks_on_an_activation_are_called(name: str) -> None:
+    """Of a block that has it fused otherwise; the report says of what it is not."""
+    case = _named(name)
+    model = case.build()
+    inputs = case.inputs(0, model=model)
+    activations = [m for m in model.modules() if isinstance(m, (nn.SiLU, nn.GELU, FP32SiLU))]
+    for activation in activations:
+        activation.register_forward_hook(lambda module, given, result: result * 1.5)
+    expected = outputs(model, inputs)
+    fastdiff.patch(model)
+    ours = outputs(model, inputs)
+    assert (ours - expected).norm() <= 1e-5 * expected.norm()
+    rows = [row for row in fastdiff.report(model).rows if {"gelu_tanh", "swiglu"} & row.served_by.keys()]
+    said = {row.cls for row in rows if "its activation is a " in row.reason and not row.fused}
+    assert said == HAVE_AN_ACTIVATION[name]

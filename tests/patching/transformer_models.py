@@ -6,14 +6,11 @@ launches patching must at least remove. The inputs are the families' own example
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
-
-import accelerate
-import torch
 from diffusers import (
+    AllegroTransformer3DModel,
     AuraFlowTransformer2DModel,
+    BriaFiboTransformer2DModel,
+    BriaTransformer2DModel,
     ChromaTransformer2DModel,
     ChronoEditTransformer3DModel,
     CogVideoXTransformer3DModel,
@@ -25,6 +22,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxControlNetModel,
     FluxTransformer2DModel,
+    HiDreamImageTransformer2DModel,
     HunyuanDiT2DControlNetModel,
     HunyuanDiT2DModel,
     HunyuanImageTransformer2DModel,
@@ -37,6 +35,7 @@ from diffusers import (
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     MochiTransformer3DModel,
+    OmniGenTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageControlNetModel,
@@ -52,105 +51,7 @@ from diffusers import (
     ZImageTransformer2DModel,
 )
 from extent import ALL
-from models import randomized
-from published_transformers import REAL
-from torch import Tensor, nn
-
-from fastdiff.patching.families import family_of
-
-
-@dataclass(frozen=True)
-class Transformer:
-    """One row.
-
-    Attributes:
-        name: of the family, as people know it.
-        cls: of the model.
-        config: of the tiny model: all kinds of blocks, few of each.
-        depth: changes of ``config`` to the real numbers of blocks, for counting launches.
-        saved: least share of a forward's launches that patching must remove at that depth, counted by dispatch on a
-            CPU, where an ``nn.RMSNorm`` is six operations.
-        sites: class name -> how many sites of it there must be.
-        left: (class name, reason) -> how many of its instances are left alone for that reason.
-    """
-
-    name: str
-    cls: type
-    config: dict[str, Any]
-    depth: dict[str, Any]
-    saved: float
-    sites: dict[str, int]
-    left: dict[tuple[str, str], int] = field(default_factory=dict)
-
-    def build(self, *, deep: bool = False) -> Any:
-        """The model with random weights."""
-        return randomized(self.cls(**self.config | (self.depth if deep else {})))
-
-    def published(self, *, deep: bool = False, device: str = "meta") -> Any:
-        """A model of published sizes without weights, with few blocks of each kind or all."""
-        with torch.device(device):
-            return self.cls(**self._published(deep)).eval().requires_grad_(False)
-
-    def loaded(self) -> Any:
-        """The same on the CPU, as ``from_pretrained`` gives it for bf16; for fake tensors."""
-        return as_loaded(self.published(device="cpu"), lambda weight, dtype: weight.to(dtype))
-
-    def hollow(self) -> Any:
-        """The same with real tensors, every matrix being one zero in all its places: it runs, and takes no memory."""
-
-        def zeros(weight: Tensor, dtype: torch.dtype) -> Tensor:
-            shape = weight.shape if weight.dim() < 2 else (1,) * weight.dim()
-            return torch.zeros(shape, dtype=dtype).expand(weight.shape)
-
-        with accelerate.init_empty_weights():
-            return as_loaded(self.cls(**self._published(deep=False)), zeros)
-
-    def _published(self, deep: bool) -> dict[str, Any]:
-        config = {"num_layers": 2} | REAL[self.name] | (self.depth if deep else {})
-        return {key: value for key, value in config.items() if key != "num_layers" or value is not None}
-
-    def inputs(self, seed: int, dtype: torch.dtype = torch.float32, model: Any = None) -> dict[str, Any]:
-        """The family's example for one seed; rotary tables stay in fp32, as pipelines make them."""
-        model = self.build() if model is None else model
-        family = family_of(model)
-        assert family is not None
-        torch.manual_seed(seed)
-        found = family.example(model)
-        return {key: to_dtype(value, torch.float32 if "rotary" in key else dtype) for key, value in found.items()}
-
-
-def as_loaded(model: Any, make: Callable[[Tensor, torch.dtype], Tensor]) -> Any:
-    """With new weights, in bf16 but for those that the class keeps in fp32; buffers stay."""
-    kept = {*(getattr(model, "_keep_in_fp32_modules", None) or ())}
-    for path, module in model.named_modules():
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                dtype = torch.float32 if kept & {*path.split("."), name} else torch.bfloat16
-                module._parameters[name] = nn.Parameter(make(weight, dtype), requires_grad=False)
-    return model.eval()
-
-
-def tensors(value: Any) -> list[Tensor]:
-    """All tensors in a model's result."""
-    if isinstance(value, Tensor):
-        return [value]
-    return [t for v in (value or ()) for t in tensors(v)]
-
-
-def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    """All results of a forward, flat."""
-    with torch.no_grad():
-        return torch.cat([t.flatten() for t in tensors(model(**inputs, return_dict=False))])
-
-
-def to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors in ``dtype``."""
-    if isinstance(value, dict):
-        return {k: to_dtype(v, dtype) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_dtype(v, dtype) for v in value)
-    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
+from transformer_case import Transformer
 
 _FLUX = {
     "in_channels": 12,
@@ -255,6 +156,11 @@ _HUNYUAN_DIT = {
 _MOCHI = {
     "patch_size": 2, "num_attention_heads": 2, "attention_head_dim": 22, "num_layers": 3, "pooled_projection_dim": 20,
     "in_channels": 4, "text_embed_dim": 24, "time_embed_dim": 16,
+}  # fmt: skip
+_HIDREAM = {
+    "patch_size": 2, "in_channels": 4, "num_layers": 2, "num_single_layers": 3, "attention_head_dim": 20,
+    "num_attention_heads": 2, "caption_channels": [28, 26], "text_emb_dim": 24, "num_routed_experts": 2,
+    "axes_dims_rope": (4, 8, 8), "max_resolution": (8, 8), "llama_layers": [0, 1, 2, 3, 3],
 }  # fmt: skip
 _LINEAR = {("Attention", "its attention has no softmax"): 2}
 
@@ -415,12 +321,36 @@ TRANSFORMERS = [
                 {k: v for k, v in _COGVIEW4.items() if k != "rope_axes_dim"}, {"num_layers": 30}, 0.5,
                 {"CogView3PlusTransformerBlock": 2, "CogView3PlusAdaLayerNormZeroTextImage": 2, "Attention": 2,
                  "GELU": 2, "AdaLayerNormContinuous": 1}),
+    Transformer("Bria", BriaTransformer2DModel,
+                {k: v for k, v in _FLUX.items() if k != "pooled_projection_dim"}, _FLUX_DEPTH, 0.6,
+                {"BriaTransformerBlock": 2, "BriaSingleTransformerBlock": 3, "BriaAttention": 5,
+                 "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3, "AdaLayerNormContinuous": 1, "GELU": 4}),
+    Transformer("Bria Fibo", BriaFiboTransformer2DModel,
+                {k: v for k, v in _FLUX.items() if k != "pooled_projection_dim"} | {"text_encoder_dim": 26},
+                {"num_layers": 8, "num_single_layers": 38}, 0.6,
+                {"BriaFiboTransformerBlock": 2, "BriaFiboSingleTransformerBlock": 3, "BriaFiboAttention": 2,
+                 "Attention": 3, "AdaLayerNormZero": 4, "AdaLayerNormZeroSingle": 3, "AdaLayerNormContinuous": 1,
+                 "GELU": 4}),
+    Transformer("HiDream-I1", HiDreamImageTransformer2DModel, _HIDREAM,  # all experts: a choice may be a close call
+                {"num_layers": 16, "num_single_layers": 32, "llama_layers": [0, 1, 2, 3] * 12}, 0.4,
+                {"HiDreamImageTransformerBlock": 2, "HiDreamImageSingleTransformerBlock": 3, "HiDreamAttention": 5,
+                 "HiDreamImageFeedForwardSwiGLU": 17, "HiDreamImageOutEmbed": 1}),
+    Transformer("OmniGen", OmniGenTransformer2DModel,
+                {"in_channels": 4, "hidden_size": 60, "num_attention_heads": 3, "num_key_value_heads": 3,
+                 "intermediate_size": 50, "num_layers": 2, "pad_token_id": 0, "vocab_size": 20, "pos_embed_max_size": 8,
+                 "rope_scaling": {"short_factor": [1.0] * 10, "long_factor": [2.0] * 10}, "time_step_dim": 16},
+                {"num_layers": 32}, 0.4,
+                {"OmniGenBlock": 2, "OmniGenFeedForward": 2, "Attention": 2, "AdaLayerNorm": 1}),
+    Transformer("Allegro", AllegroTransformer3DModel,
+                {"num_attention_heads": 3, "attention_head_dim": 24, "in_channels": 4, "num_layers": 2,
+                 "cross_attention_dim": 72, "sample_height": 8, "sample_width": 8, "caption_channels": 28},
+                {"num_layers": 32}, 0.4, {"AllegroTransformerBlock": 2, "Attention": 4, "GELU": 2}),
 ]  # fmt: skip
 
 #: Those whose blocks are replaced by another family's functions, and what these are tested for there is not repeated.
 _KIN = {
     "ChronoEdit", "SkyReels V2 DF", "HunyuanVideo FramePack", "HunyuanImage 2.1", "LTX-2.3", "Qwen-Image ControlNet",
-    "Sana ControlNet", "LongCat-Image", "ConsisID",
+    "Sana ControlNet", "LongCat-Image", "ConsisID", "Bria", "Bria Fibo",
 }  # fmt: skip
 #: All others; with ``FASTDIFF_TEST_ALL=1`` all.
 OWN_BLOCKS = [case for case in TRANSFORMERS if case.name not in _KIN or ALL]

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import AttnAddedKVProcessor2_0, AttnProcessor2_0
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
 
 from fastdiff.ops import attention, group_norm_silu
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, drop, forward, why_stock
+from fastdiff.patching.blocks.dispatched import dispatches, stock_attention, why_not_mode
 
 #: One is for a norm of VAEs, the others for the processors of IP-Adapters: stock code drops them at all other places.
 _KNOWN_ARGUMENTS = {"temb", "ip_adapter_masks", "ip_hidden_states"}
@@ -41,7 +40,9 @@ def legacy_attention(
     if unknown := [name for name in cross_attention_kwargs if name not in _KNOWN_ARGUMENTS]:
         reason = f"called with {', '.join(unknown)}"
     if reason is not None:
-        return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+        return stock_attention(
+            site, reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+        )
 
     residual = hidden_states
     if self.spatial_norm is not None:
@@ -96,7 +97,9 @@ def added_kv_attention(
     elif encoder_hidden_states is None:
         reason = "called without encoder_hidden_states"
     if reason is not None:
-        return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs)
+        return stock_attention(
+            site, reason, self, hidden_states, encoder_hidden_states, attention_mask, **cross_attention_kwargs
+        )
 
     tokens, context = _normed(site, "norm", norm, hidden_states), _context(self, encoder_hidden_states)
     batch, length, _ = tokens.shape
@@ -158,14 +161,6 @@ def _why_not_added(module: Any) -> str | None:
     return "it has a SpatialNorm" if module.spatial_norm is not None else why_not_mode() or _why_never(module)
 
 
-def why_not_mode() -> str | None:
-    """Which mode wants to see ``scaled_dot_product_attention``: Diffusers' layer skip replaces it by such a mode."""
-    if torch._C._len_torch_function_stack() == 0:
-        return None
-    modes = [mode for mode in _get_current_function_mode_stack() if not isinstance(mode, DeviceContext)]
-    return f"a {type(modes[-1]).__name__} is active" if modes else None
-
-
 def _why_never(module: Any) -> str | None:
     """What of that is not expected to change: processors come and go."""
     if module.norm_q is not None or module.norm_k is not None:
@@ -195,7 +190,9 @@ def _refuse_added(module: Any) -> str | None:
 
 def _has_added(module: Any) -> bool:
     # Joint attention has queries of the text, too, and says what becomes of them.
-    return module.added_kv_proj_dim is not None and module.context_pre_only is None
+    # Subclasses need not have what ``Attention.__init__`` sets.
+    added = getattr(module, "added_kv_proj_dim", None) is not None
+    return added and getattr(module, "context_pre_only", None) is None
 
 
 ATTENTION = Block(
@@ -210,7 +207,7 @@ ATTENTION = Block(
     methods=forward(legacy_attention),
     refuse=_refuse,
     covers=("group_norm", "norm_cross"),
-    applies=lambda module: not _has_added(module),
+    applies=lambda module: not _has_added(module) and not dispatches(module),  # these processors do not
 )
 
 ADDED_KV_ATTENTION = Block(
@@ -225,5 +222,5 @@ ADDED_KV_ATTENTION = Block(
     methods=forward(added_kv_attention),
     refuse=_refuse_added,
     covers=("group_norm", "norm_cross"),
-    applies=_has_added,
+    applies=lambda module: _has_added(module) and not dispatches(module),
 )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.models.activations import FP32SiLU
 from torch import Tensor, nn
 
+from fastdiff.backends import Choice
 from fastdiff.ops import geglu, gelu_tanh, swiglu
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, forward, is_plain
@@ -29,16 +31,16 @@ def gelu_projection(self: Any, hidden_states: Tensor) -> Tensor:
 
 def swiglu_projection(self: Any, hidden_states: Tensor) -> Tensor:
     """Replaces ``SwiGLU.forward``."""
-    site = self._fastdiff_site
     x, gate = self.proj(hidden_states).chunk(2, dim=-1)
-    return site.serve("swiglu", swiglu, gate, x)
+    return silu_product(self._fastdiff_site, self.activation, gate, x)
 
 
 def silu_feed_forward(self: Any, x: Tensor) -> Tensor:
     """Replaces a forward that is ``out(silu(gate(x)) * up(x))``; the site's state holds the three names."""
     site = self._fastdiff_site
     gate, up, out = site.state
-    return getattr(self, out)(site.serve("swiglu", swiglu, getattr(self, gate)(x), getattr(self, up)(x)))
+    x = silu_product(site, self._modules.get("silu"), getattr(self, gate)(x), getattr(self, up)(x))
+    return getattr(self, out)(x)
 
 
 def silu_feed_forward_row(cls: str, gate: str, up: str, out: str, *sources: str) -> Block:
@@ -56,7 +58,21 @@ def activated(site: Site, activation: nn.Module, x: Tensor) -> Tensor:
     """``activation(x)`` of a block's own feed-forward; a tanh GELU by the fused op."""
     if is_plain(activation, nn.GELU) and activation.approximate == "tanh":
         return site.serve("gelu_tanh", gelu_tanh, x)
+    _note_left(site, "gelu_tanh", activation)
     return activation(x)
+
+
+def silu_product(site: Site, activation: nn.Module | None, gate: Tensor, x: Tensor) -> Tensor:
+    """``activation(gate) * x``; of a SiLU, which a function is if there is no module, by the fused op."""
+    if activation is None or is_plain(activation, nn.SiLU) or is_plain(activation, FP32SiLU):
+        return site.serve("swiglu", swiglu, gate, x)
+    _note_left(site, "swiglu", activation)
+    return activation(gate) * x
+
+
+def _note_left(site: Site, slot: str, activation: nn.Module) -> None:
+    reason = f"its activation is a {type(activation).__name__}, another one or with hooks"
+    site.note(slot, Choice("eager", activation, reason))
 
 
 _EXACT = "its GELU is exact: one operation already"

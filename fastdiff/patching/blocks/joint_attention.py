@@ -1,9 +1,9 @@
 """Attention with QK norm, rotary embedding and a text stream: one forward for all families, and a row for each.
 
 As in ``attention.py``, the module's forward is replaced and the processor stays what it is: another processor simply
-runs. What the processor would compute is said by its :class:`AttentionRow`. Another attention backend, if somebody
-chose one, and context parallelism are left to Diffusers' dispatcher; norm, rotation and concatenation are fused then
-too.
+runs, with fused attention if it dispatches (``dispatched.py``). What the processor would compute is said by its
+:class:`AttentionRow`. Another attention backend, if somebody chose one, and context parallelism are left to Diffusers'
+dispatcher; norm, rotation and concatenation are fused then too.
 """
 
 from __future__ import annotations
@@ -13,17 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import (
-    AttentionBackendName,
-    _AttentionBackendRegistry,
-    dispatch_attention_fn,
-)
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor
 
+from fastdiff._attention_backend import DEFAULTS
 from fastdiff.ops import attention, qk_norm_rope
-from fastdiff.patching._site import Site
+from fastdiff.patching._site import Site, is_ours
 from fastdiff.patching.blocks import Block, drop, forward, halves, once, rejoined
-from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head, why_not_mode
+from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head
+from fastdiff.patching.blocks.dispatched import dispatches, stock_attention, why_not_mode
 from fastdiff.patching.blocks.token_norms import (
     NORM_SOURCES,
     is_rms,
@@ -150,9 +148,9 @@ def joint_attention(
         elif encoder_hidden_states is None and row.pair:
             reason = "called without text"
     if row is None or reason is not None:
-        return site.stock(
-            reason or "", self, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
-        )  # fmt: skip
+        return stock_attention(
+            site, reason or "", self, hidden_states, encoder_hidden_states, attention_mask, *args, **kwargs
+        )
     image, text = hidden_states, encoder_hidden_states
     rope = extra.get(row.rope)
     mask = row.mask(self, attention_mask, image, text, **{n: extra[n] for n in row.accepts if n in extra})
@@ -209,18 +207,17 @@ def attend(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
     backend = getattr(processor, "_attention_backend", None)
+    if is_ours(backend):
+        backend = None
     config = getattr(processor, "_parallel_config", None) if parallel else None
     chosen = backend if backend is not None else _AttentionBackendRegistry._active_backend
-    if config is None and chosen in OURS:
+    if config is None and chosen in DEFAULTS:
         out, _ = site.serve(slot, attention, query, key, value, mask)
         return out
     if hasattr(processor, "_attention_backend"):
         return dispatch_attention_fn(query, key, value, mask, backend=backend, parallel_config=config)
     out, _ = site.serve(slot, attention, query, key, value, mask)  # such processors know no backends
     return out
-
-
-OURS = (AttentionBackendName.NATIVE, "fastdiff")
 
 
 def prepare(
@@ -304,10 +301,9 @@ def _why_never(attn: Any, row: AttentionRow | None) -> str | None:
         return f"its processor is {type(attn.processor).__name__}"
     if reason := row.refuse(attn):
         return reason
-    present = [norm for norm in norms if norm is not None]
-    if len({(type(norm), norm.eps) for norm in present}) > 1 or (norms[0] is None) != (norms[1] is None):
-        return "its norms differ"
-    if norms[0] is None and present:
+    if reason := why_they_differ(*norms):
+        return reason
+    if norms[0] is None and any(norm is not None for norm in norms):
         return "only the text is normalised"
     if getattr(attn, "add_q_proj", None) is not None and (norms[2] is None) != (norms[0] is None):
         return "only one stream is normalised"
@@ -322,6 +318,12 @@ def _why_never(attn: Any, row: AttentionRow | None) -> str | None:
     return None
 
 
+def why_they_differ(*norms: Any) -> str | None:
+    """Why the norms, those of the image first, are not of one kind, or ``None``."""
+    present = {(type(norm), norm.eps) for norm in norms if norm is not None}
+    return "its norms differ" if len(present) > 1 or (norms[0] is None) != (norms[1] is None) else None
+
+
 def attention_block(cls: str, *rows: AttentionRow, function: Callable[..., Any] = joint_attention) -> Block:
     """What is done with attention modules of the class ``module:name``, whose processors have the rows.
 
@@ -332,7 +334,9 @@ def attention_block(cls: str, *rows: AttentionRow, function: Callable[..., Any] 
     own = list(dict.fromkeys(source for row in rows for source in (f"{row.processor}.__call__", *row.sources)))
 
     def refuse(module: Any) -> str | None:
-        return _why_never(module, row_of(module)) or why_not_kinds(*_norms(module))
+        row = row_of(module)
+        known = row is not None or not dispatches(module)  # the processor may be another one by the next call
+        return (_why_never(module, row) if known else None) or why_not_kinds(*_norms(module))
 
     processors = {row.processor for row in rows}
     return Block(

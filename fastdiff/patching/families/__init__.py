@@ -49,6 +49,7 @@ class Family:
 def families() -> tuple[Family, ...]:
     """All families of one model class each, imported here so that a family file can use this module."""
     from fastdiff.patching.families import (
+        allegro,
         auraflow,
         autoencoders,
         chroma,
@@ -60,6 +61,7 @@ def families() -> tuple[Family, ...]:
         flux,
         flux2,
         flux_kin,
+        hidream,
         hunyuan_dit,
         hunyuan_video,
         latte,
@@ -67,6 +69,7 @@ def families() -> tuple[Family, ...]:
         ltx2,
         lumina2,
         mochi,
+        omnigen,
         pixart,
         qwenimage,
         sana,
@@ -115,6 +118,9 @@ def families() -> tuple[Family, ...]:
         hunyuan_dit.HUNYUAN_DIT,
         hunyuan_dit.HUNYUAN_DIT_CONTROLNET,
         mochi.MOCHI,
+        hidream.HIDREAM,
+        omnigen.OMNIGEN,
+        allegro.ALLEGRO,
     )  # fmt: skip
 
 

@@ -52,10 +52,9 @@ def tables_at_once(self: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
     return cos, sin
 
 
-def rotary_tables(cls: str) -> Switch:
-    """Of position embeddings of the class ``module:name``, one like Flux's."""
-    saving = "rotary tables of all axes at once"
-    return replacing(cls, tables_at_once, saving, "diffusers.models.embeddings:get_1d_rotary_pos_embed")
+def rotary_tables(cls: str, angles: str = "diffusers.models.embeddings:get_1d_rotary_pos_embed") -> Switch:
+    """Of position embeddings of the class ``module:name``, one like Flux's, which calls the function ``angles``."""
+    return replacing(cls, tables_at_once, "rotary tables of all axes at once", angles)
 
 
 FLUX_TABLES = rotary_tables("diffusers.models.transformers.transformer_flux:FluxPosEmbed")

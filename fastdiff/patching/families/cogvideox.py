@@ -106,17 +106,18 @@ COGVIDEOX_ATTENTION = attention_block(
     ),
 )
 
+ADA_LAYER_NORM = block_row(
+    f"{_NORMS}:AdaLayerNorm", MODULATED, ada_layer_norm,
+    refuse=lambda module: None if module.chunk_dim == 1 else "its embeddings are along the batch",
+)  # fmt: skip
 _BLOCKS = (
     block_row(f"{_FILE}:CogVideoXBlock", "gate + residual", cogvideox_block),
     block_row(f"{_CONSISID}:ConsisIDBlock", "gate + residual", cogvideox_block),
     block_row(f"{_NORMS}:CogVideoXLayerNormZero", MODULATED, two_streams),
-    block_row(
-        f"{_NORMS}:AdaLayerNorm", MODULATED, ada_layer_norm,
-        refuse=lambda module: None if module.chunk_dim == 1 else "its embeddings are along the batch",
-    ),
+    ADA_LAYER_NORM,
     COGVIDEOX_ATTENTION,
     GELU_TANH,
-)  # fmt: skip
+)
 FAMILIES = (
     Family(f"{_FILE}:CogVideoXTransformer3DModel", _BLOCKS, example),
     Family(f"{_CONSISID}:ConsisIDTransformer3DModel", _BLOCKS, example),

@@ -8,10 +8,11 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
+from fastdiff._attention_backend import DEFAULTS
 from fastdiff.patching.blocks import activated_once
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded, left_row
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
-from fastdiff.patching.blocks.joint_attention import LEGACY, OURS, AttentionRow, attention_block
+from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block
 from fastdiff.patching.blocks.token_norms import modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
@@ -94,7 +95,7 @@ def example(model: Any) -> dict[str, Any]:
 
 
 def _why_another_backend() -> str | None:
-    return None if _AttentionBackendRegistry._active_backend in OURS else "another attention backend is active"
+    return None if _AttentionBackendRegistry._active_backend in DEFAULTS else "another attention backend is active"
 
 
 COSMOS = Family(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.ops import swiglu
 from fastdiff.patching.blocks import Block, activated_once, forward
 from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_CONTINUOUS,
@@ -19,6 +18,8 @@ from fastdiff.patching.blocks.adaln import (
     gated_feed_forward,
     guarded,
 )
+from fastdiff.patching.blocks.dispatched import stock_attention
+from fastdiff.patching.blocks.feed_forward import silu_product
 from fastdiff.patching.blocks.joint_attention import AttentionRow, attend, attention_block, heads_of, prepare, why_not
 from fastdiff.patching.blocks.token_norms import modulated, why_not_norms
 from fastdiff.patching.families import Family
@@ -100,7 +101,7 @@ def parallel_attention(
     if kwargs:
         reason = f"called with {', '.join(kwargs)}"
     if reason is not None:
-        return site.stock(reason, self, hidden_states, attention_mask, image_rotary_emb, **kwargs)
+        return stock_attention(site, reason, self, hidden_states, attention_mask, image_rotary_emb, **kwargs)
     h = self.to_qkv_mlp_proj(hidden_states)
     # Under tensor parallelism both parts are narrower, by the same factor.
     qkv, mlp = 3 * self.inner_dim, self.mlp_hidden_dim * self.mlp_mult_factor
@@ -115,7 +116,7 @@ def parallel_attention(
 def flux2_swiglu(self: Any, x: Tensor) -> Tensor:
     """Replaces ``Flux2SwiGLU.forward``."""
     half = x.shape[-1] // 2
-    return self._fastdiff_site.serve("swiglu", swiglu, x[..., :half], x[..., half:])
+    return silu_product(self._fastdiff_site, self.gate_fn, x[..., :half], x[..., half:])
 
 
 def modulation(self: Any, temb: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from fastdiff.ops import qk_norm_rope
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import drop, once
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded
+from fastdiff.patching.blocks.dispatched import stock_attention
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import (
     AttentionRow,
@@ -181,8 +182,8 @@ def ltx2_attention(
     if reason is not None:
         if perturbation_mask is not None or all_perturbed is not None:
             kwargs |= {"perturbation_mask": perturbation_mask, "all_perturbed": all_perturbed}
-        return site.stock(
-            reason, self, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb,
+        return stock_attention(
+            site, reason, self, hidden_states, encoder_hidden_states, attention_mask, query_rotary_emb, key_rotary_emb,
             **kwargs,
         )  # fmt: skip
     context = hidden_states if encoder_hidden_states is None else encoder_hidden_states

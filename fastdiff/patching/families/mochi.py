@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastdiff.patching.blocks import activated_once, once
 from fastdiff.patching.blocks.adaln import ADA_LAYER_NORM_CONTINUOUS, MODULATED, block_row, guarded, sandwich
+from fastdiff.patching.blocks.dispatched import stock_attention
 from fastdiff.patching.blocks.feed_forward import SWIGLU
 from fastdiff.patching.blocks.joint_attention import AttentionRow, attend, attention_block, heads_of, prepare, why_not
 from fastdiff.patching.blocks.token_norms import also_rms, modulated, why_not_norms
@@ -98,7 +99,7 @@ def mochi_attention(
         reason = "a sample's text is padded at the front" if -1 in lengths else None
     if reason is not None:
         kwargs["image_rotary_emb"] = image_rotary_emb
-        return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
+        return stock_attention(site, reason, self, hidden_states, encoder_hidden_states, attention_mask, **kwargs)
     image, text = hidden_states, encoder_hidden_states
     query, key, value = (heads_of(self, layer(image)) for layer in (self.to_q, self.to_k, self.to_v))
     added = self.add_q_proj, self.add_k_proj, self.add_v_proj

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fastdiff.patching.blocks import Block, drop
 from fastdiff.patching.blocks.adaln import GATES, block_row, gated, guarded
+from fastdiff.patching.blocks.dispatched import stock_attention
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import (
     AttentionRow,
@@ -102,7 +103,9 @@ def wan_attention(
     elif self.fused_projections:
         reason = "its projections are fused"
     if reason is not None or encoder_hidden_states is None or row is None:
-        return site.stock(reason, self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs)
+        return stock_attention(
+            site, reason or "", self, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **kwargs
+        )
     tokens = encoder_hidden_states.shape[1] - 512  # the text's, in Diffusers too
     image, text = encoder_hidden_states[:, :tokens], encoder_hidden_states[:, tokens:]
     query, key, value = (
