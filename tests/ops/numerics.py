@@ -11,15 +11,13 @@ The rule (relative RMS error, at least ten seeds):
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff import _extension, use_backend
+from fastdiff import use_backend
 from fastdiff.ops._library import FusedOp
 
 #: What the tests judge: the CPU kernels, or what a run of ``-m numerics`` with another backend sets.
@@ -43,8 +41,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
     "permuted": lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
 }
-
-_ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def run_kernel(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -173,27 +169,6 @@ def assert_compiles(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> None:
         for got, want in zip(_outputs(compiled(*args, **kwargs)), expected, strict=True):
             assert got.stride() == want.stride()
             assert torch.equal(got, want)
-
-
-def lower_isas(*, amx: bool = False) -> list[str]:
-    """The instruction sets below this CPU's with code of their own; ``amx``: the op has an AMX kernel."""
-    best = _extension.cpu_isa()
-    if best == "amx" and not amx:
-        best = "avx512_bf16"
-    return list(_ISAS[: _ISAS.index(best)]) if best in _ISAS else []
-
-
-def rerun_on(isa: str, test_file: str) -> None:
-    """Run the ``numerics`` tests of a file in a process of its own, where the kernels use ``isa``."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", test_file],
-        env=os.environ | {"FASTDIFF_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, f"on {isa}:\n{result.stdout[-4000:]}{result.stderr[-2000:]}"
-    assert "skipped" not in result.stdout.splitlines()[-1], result.stdout[-2000:]
 
 
 def _outputs(value: Any) -> tuple[Tensor, ...]:

@@ -16,8 +16,6 @@ from numerics import (
     assert_compiles,
     assert_gradients,
     assert_numerics,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -141,11 +139,6 @@ class TestNumerics:
 
     def test_scale(self, dtype: torch.dtype) -> None:
         assert_numerics(attention, case((1, 100, 600, 2, 40), dtype, scale=0.05), rule="eager")
-
-
-@pytest.mark.parametrize("isa", lower_isas(amx=True))
-def test_numerics_on(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.kernel

@@ -17,8 +17,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -120,11 +118,6 @@ class TestNumerics:
 
     def test_no_affine(self, dtype: torch.dtype) -> None:
         assert_numerics(group_norm_silu, case((2, 16, 5, 5), 4, dtype, affine=None))
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_numerics_on(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.kernel

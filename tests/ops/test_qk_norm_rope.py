@@ -18,8 +18,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -141,11 +139,6 @@ def test_queries_alone() -> None:
     alone, none = run_kernel(qk_norm_rope, q, q[:, :, :0], **keywords)
     assert torch.equal(alone, expected)
     assert none.shape == (B, S, 0, D)
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.parametrize("half", [False, True], ids=["interleaved", "half"])
