@@ -52,7 +52,7 @@ test: $(VENV)/.installed $(VENV)/quantized ## run all tests; PYTEST_ARGS="-k nor
 	PYTHONPATH=$(VENV)/quantized $(PYTEST) $(PYTEST_ARGS)
 
 test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) $(VENV)/quantized ## the tests of patching with the oldest supported Diffusers
-	PYTHONPATH=$<:$(VENV)/quantized $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
+	FASTDIFF_TEST_REPEATED=1 PYTHONPATH=$<:$(VENV)/quantized $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
 
 diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=/checkout; DIFFUSERS_TESTS=... for some
 	@test -d "$(DIFFUSERS)/tests" || { echo "DIFFUSERS=$(DIFFUSERS) is not a checkout of Diffusers"; exit 2; }

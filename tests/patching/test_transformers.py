@@ -24,10 +24,11 @@ from fastdiff.patching.blocks import halves, rejoined
 pytestmark = pytest.mark.kernel
 
 BY_NAME = pytest.mark.parametrize("case", TRANSFORMERS, ids=lambda c: c.name)
+DTYPES = [pytest.param(torch.float32, marks=pytest.mark.smoke), torch.bfloat16]
 
 
 @BY_NAME
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_numerics(case: Transformer, dtype: torch.dtype) -> None:
     """Pooled over ten seeds, the patched model is at most 1.05 times as far from fp64 as eager."""
     model = case.build().to(dtype)
@@ -46,6 +47,7 @@ def test_numerics(case: Transformer, dtype: torch.dtype) -> None:
     assert error(ours) <= 1.05 * error(eager), (error(ours), error(eager))
 
 
+@pytest.mark.smoke
 @BY_NAME
 def test_sites(case: Transformer) -> None:
     """The expected sites, all served by the CPU kernels; the rest left alone for the reason in the table."""
@@ -93,6 +95,7 @@ def test_launches(case: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused <= (1 - TARGETS.get(case.name, 0)) * on_cuda, (fused, on_cuda)
 
 
+@pytest.mark.smoke
 @BY_NAME
 def test_unpatch_is_exact(case: Transformer) -> None:
     model = case.build()
