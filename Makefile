@@ -36,8 +36,10 @@ DIFFUSERS_MIN ?= 0.38.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
-# One thread per worker: the workers fill the cores.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --disable-warnings --tb=short
+# One thread per worker: the workers fill the cores, and one that has nothing left takes tests over from another. Many
+# tests start Python, whose bytecode is kept even where the environment says not to.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --disable-warnings \
+  --tb=short
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-diffusers-min test-triton test-triton-all diffusers-tests gpu lint build info clean

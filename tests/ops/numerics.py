@@ -24,7 +24,9 @@ from fastdiff.ops._library import FusedOp
 BACKEND = os.environ.get("FASTDIFF_TEST_BACKEND", "cpu")
 DEVICE = torch.device(os.environ.get("FASTDIFF_TEST_DEVICE", "cpu"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-if BACKEND == "triton" and DEVICE.type == "cpu":  # the interpreter, which has no arithmetic of bfloat16 and is slow
+#: Triton's interpreter, which has no arithmetic of bfloat16; its time goes by the number of tiles.
+INTERPRETED = BACKEND == "triton" and DEVICE.type == "cpu"
+if INTERPRETED:
     DTYPES = (torch.float32, torch.float16)
 #: How far an fp32 kernel with one exponential may be off: the GPU's own exp2 is good to 2 ulp, the CPU kernels' to 0.5.
 EXP_ULPS = 4 if BACKEND == "cpu" else 6

@@ -105,10 +105,10 @@ class TestNumerics:
             (1, 40, 500, 1, 256),
             (3, 65, 64, 4, 16),
             (2, 33, 31, 3, 33),  # odd depth
-            (20, 17, 5, 2, 7),
+            (5, 17, 5, 2, 7),
             (2, 100, 1, 2, 24),  # the only key counts exactly 1
             (2, 13, 300, 2, 64),  # few queries
-            (9, 1, 70, 3, 88),
+            (3, 1, 70, 3, 88),
             (1, 16, 20, 1, 256),
             *([(1, 70, 50, 1, 512)] if BACKEND != "cpu" else []),  # the CPU's leaves it to torch
         ],
@@ -121,7 +121,7 @@ class TestNumerics:
     def test_layouts(self, dtype: torch.dtype, layout: str) -> None:
         assert_numerics(attention, case((2, 70, 90, 3, 40), dtype, layout=layout), rule="eager")
 
-    @pytest.mark.parametrize("keys", [77, 700])
+    @pytest.mark.parametrize("keys", [77, 530])  # 530: of any kernel several blocks
     @pytest.mark.parametrize("kind", MASKS)
     def test_masks(self, dtype: torch.dtype, kind: str, keys: int) -> None:
         assert_numerics(attention, case((2, 70, keys, 2, 40), dtype, mask_kind=kind), rule="eager")
