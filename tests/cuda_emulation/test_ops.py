@@ -34,7 +34,8 @@ PARTS = {"attention": {"attention"}, "others": set(FILES.values()) - {"attention
 @pytest.mark.parametrize("part", PARTS)
 def test_numbers(part: str) -> None:
     """In a process of its own, where the ``cuda`` backend is the emulation; see plugin.py for which tests."""
-    path = [str(HERE.parents[1]), str(HERE), str(HERE.parent / "build"), os.environ.get("PYTHONPATH", "")]
+    folders = [HERE.parents[1], HERE.parent, HERE, HERE.parent / "build"]
+    path = [*map(str, folders), os.environ.get("PYTHONPATH", "")]
     names = sorted(f"test_{name}.py" for name in PARTS[part])
     files = [str(HERE.parent / "ops" / name) for name in names]
     done = subprocess.run(
