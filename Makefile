@@ -37,8 +37,10 @@ DIFFUSERS_MIN ?= 0.38.0
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
-# One thread per worker: the workers fill the cores.
-PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile --disable-warnings --tb=short
+# One thread per worker: the workers fill the cores, and one that has nothing left takes tests over from another. Many
+# tests start Python, whose bytecode is kept even where the environment says not to.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --disable-warnings \
+  --tb=short
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-diffusers-min test-triton test-triton-all diffusers-tests gpu lint build info clean
@@ -53,7 +55,7 @@ test: $(VENV)/.installed $(VENV)/quantized ## run all tests; PYTEST_ARGS="-k nor
 	PYTHONPATH=$(VENV)/quantized $(PYTEST) $(PYTEST_ARGS)
 
 test-diffusers-min: $(VENV)/diffusers-$(DIFFUSERS_MIN) $(VENV)/quantized ## the tests of patching with the oldest supported Diffusers
-	PYTHONPATH=$<:$(VENV)/quantized $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
+	FASTDIFF_TEST_REPEATED=1 PYTHONPATH=$<:$(VENV)/quantized $(PYTEST) tests/patching tests/schedulers $(PYTEST_ARGS)
 
 diffusers-tests: $(VENV)/.installed ## Diffusers' own tests, patched: DIFFUSERS=/checkout; DIFFUSERS_TESTS=... for some
 	@test -d "$(DIFFUSERS)/tests" || { echo "DIFFUSERS=$(DIFFUSERS) is not a checkout of Diffusers"; exit 2; }

@@ -28,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "numerics: judges a kernel's numbers; rerun for every instruction set and backend"
     )
+    config.addinivalue_line("markers", "smoke: asked of every model also with another Diffusers than the newest")
     config.addinivalue_line("markers", "interpreted: needs Triton's interpreter; see make test-triton")
 
 

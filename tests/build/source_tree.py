@@ -34,7 +34,7 @@ def run(*command: str | Path, cwd: Path, **changes: str) -> subprocess.Completed
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 

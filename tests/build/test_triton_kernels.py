@@ -95,7 +95,7 @@ def test_amd(name: str) -> None:
 @pytest.mark.skipif(not ALL, reason="compiles for long; FASTDIFF_TEST_ALL=1 runs it")
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("name", calls(torch.bfloat16) if importlib.util.find_spec("triton") else [])
+@pytest.mark.parametrize("name", calls(torch.bfloat16) if ALL else [])
 def test_every_call(name: str, dtype: torch.dtype, gpu: int | str) -> None:
     check_call(name, dtype, gpu)
 

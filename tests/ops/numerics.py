@@ -11,22 +11,22 @@ The rule (relative RMS error, at least ten seeds):
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastdiff import _extension, use_backend
+from fastdiff import use_backend
 from fastdiff.ops._library import FusedOp
 
 #: What the tests judge: the CPU kernels, or what a run of ``-m numerics`` with another backend sets.
 BACKEND = os.environ.get("FASTDIFF_TEST_BACKEND", "cpu")
 DEVICE = torch.device(os.environ.get("FASTDIFF_TEST_DEVICE", "cpu"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-if BACKEND == "triton" and DEVICE.type == "cpu":  # the interpreter, which has no arithmetic of bfloat16 and is slow
+#: Triton's interpreter, which has no arithmetic of bfloat16; its time goes by the number of tiles.
+INTERPRETED = BACKEND == "triton" and DEVICE.type == "cpu"
+if INTERPRETED:
     DTYPES = (torch.float32, torch.float16)
 #: How far an fp32 kernel with one exponential may be off: the GPU's own exp2 is good to 2 ulp, the CPU kernels' to 0.5.
 EXP_ULPS = 4 if BACKEND == "cpu" else 6
@@ -43,8 +43,6 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
     "permuted": lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
 }
-
-_ISAS = ("avx2", "avx512", "avx512_bf16", "amx")
 
 
 def run_kernel(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -173,27 +171,6 @@ def assert_compiles(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> None:
         for got, want in zip(_outputs(compiled(*args, **kwargs)), expected, strict=True):
             assert got.stride() == want.stride()
             assert torch.equal(got, want)
-
-
-def lower_isas(*, amx: bool = False) -> list[str]:
-    """The instruction sets below this CPU's with code of their own; ``amx``: the op has an AMX kernel."""
-    best = _extension.cpu_isa()
-    if best == "amx" and not amx:
-        best = "avx512_bf16"
-    return list(_ISAS[: _ISAS.index(best)]) if best in _ISAS else []
-
-
-def rerun_on(isa: str, test_file: str) -> None:
-    """Run the ``numerics`` tests of a file in a process of its own, where the kernels use ``isa``."""
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "numerics", test_file],
-        env=os.environ | {"FASTDIFF_CPU_ISA": isa},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, f"on {isa}:\n{result.stdout[-4000:]}{result.stderr[-2000:]}"
-    assert "skipped" not in result.stdout.splitlines()[-1], result.stdout[-2000:]
 
 
 def _outputs(value: Any) -> tuple[Tensor, ...]:

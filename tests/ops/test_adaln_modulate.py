@@ -17,8 +17,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -108,11 +106,6 @@ def test_out_dtype_and_modulation_of_another_dtype(dtype: torch.dtype, out_dtype
         error = (out.double() - exact).norm() / exact.norm()
         rounding = (exact.to(out_dtype).double() - exact).norm() / exact.norm()
         assert error <= (5 if out_dtype == torch.float32 else 1.02) * rounding
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 def test_eager_is_what_diffusers_computes() -> None:

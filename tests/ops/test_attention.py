@@ -16,8 +16,6 @@ from numerics import (
     assert_compiles,
     assert_gradients,
     assert_numerics,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -107,10 +105,10 @@ class TestNumerics:
             (1, 40, 500, 1, 256),
             (3, 65, 64, 4, 16),
             (2, 33, 31, 3, 33),  # odd depth
-            (20, 17, 5, 2, 7),
+            (5, 17, 5, 2, 7),
             (2, 100, 1, 2, 24),  # the only key counts exactly 1
             (2, 13, 300, 2, 64),  # few queries
-            (9, 1, 70, 3, 88),
+            (3, 1, 70, 3, 88),
             (1, 16, 20, 1, 256),
             *([(1, 70, 50, 1, 512)] if BACKEND != "cpu" else []),  # the CPU's leaves it to torch
         ],
@@ -141,11 +139,6 @@ class TestNumerics:
 
     def test_scale(self, dtype: torch.dtype) -> None:
         assert_numerics(attention, case((1, 100, 600, 2, 40), dtype, scale=0.05), rule="eager")
-
-
-@pytest.mark.parametrize("isa", lower_isas(amx=True))
-def test_numerics_on(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.kernel

@@ -13,8 +13,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -49,11 +47,6 @@ def test_deviations_where_the_mean_is_large(dtype: torch.dtype) -> None:
         return ((uncond * 20 + 1e3).to(dtype), (cond * 20 + 1e3).to(dtype), 5.0, 1.0), {}
 
     assert_numerics(cfg_combine, arguments)
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 def test_eager_is_what_diffusers_computes() -> None:

@@ -14,8 +14,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -56,11 +54,6 @@ def test_both_results_are_those_of_the_two_ops(dtype: torch.dtype, layout: str, 
     y, normed = run_kernel(gate_residual_adaln, x, gate, residual, scale, shift, weight, bias, rms=rms)
     assert torch.equal(y, run_kernel(gate_residual, x, gate, residual))
     assert torch.equal(normed, run_kernel(adaln_modulate, y, scale, shift, weight, bias, rms=rms))
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 def test_eager_is_what_diffusers_computes() -> None:

@@ -18,8 +18,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -80,11 +78,6 @@ def test_every_value_in_half_precision(dtype: torch.dtype, which: str) -> None:
     info = torch.finfo(dtype)
     bound = 0.53 * info.eps * exact.abs() + max(info.smallest_normal * info.eps, 2e-8)
     assert ((ours.double() - exact).abs() <= bound).all()
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @BOTH

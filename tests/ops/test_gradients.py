@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import DTYPES, lower_isas, poison, rerun_on
+from numerics import DTYPES, poison
 from torch import Tensor
 from torch.profiler import profile
 
@@ -156,11 +156,6 @@ def test_numerics(name: str, dtype: torch.dtype) -> None:
         error, of_eager, rounded = ((p / pool[3]) ** 0.5 for p in pool[:3])
         limit = 2 * max(of_eager, rounded) if dtype == torch.float32 else max(of_eager, 1.02 * rounded)
         assert pool[3] > 0 and error <= limit, f"gradient of {leaf}: {error:.3g}, eager {of_eager:.3g}"
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_numerics_on(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.numerics

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 import torch
-from numerics import Arguments, assert_numerics, assert_same_nonfinite, lower_isas, poison, rerun_on
+from numerics import Arguments, assert_numerics, assert_same_nonfinite, poison
 from torch import Tensor
 
-from fastdiff import backends
+from fastdiff import _extension, backends
 from fastdiff.ops import gelu_tanh
 
 pytestmark = pytest.mark.kernel
@@ -58,11 +59,8 @@ def test_poison_reaches_fresh_outputs() -> None:
     assert torch.empty_like(x).isnan().any()
 
 
-@pytest.mark.parametrize("isa", lower_isas())
-def test_rerun_uses_the_isa(isa: str, tmp_path: Any) -> None:
-    test = tmp_path / "test_isa.py"
-    test.write_text(
-        "import pytest\nfrom fastdiff import _extension\n\n@pytest.mark.numerics\ndef test_isa():\n"
-        f"    assert _extension.cpu_isa() == {isa!r}\n"
-    )
-    rerun_on(isa, str(test))
+@pytest.mark.numerics
+def test_the_instruction_set_is_the_one_asked_for() -> None:
+    """Here the best; another one where test_instruction_sets.py runs this again."""
+    best = _extension.cpu_isa()
+    assert best == os.environ.get("FASTDIFF_CPU_ISA", best)

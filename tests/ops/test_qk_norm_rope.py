@@ -18,8 +18,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -28,7 +26,7 @@ from fastdiff.ops import qk_norm_rope
 
 pytestmark = pytest.mark.kernel
 
-B, S, TEXT, H, D = 2, 7, 3, 3, 22  # neither D nor H D a multiple of a register
+B, S, TEXT, H, D = 2, 5, 3, 3, 22  # neither D nor H D a multiple of a register
 
 #: name -> how queries and keys are made into what attention takes; see :func:`_arguments`.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,9 +37,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "rms, half": {"table": "real", "interleaved": False},
     "rms, complex": {"table": "complex"},
     "half, complex": {"table": "complex", "interleaved": False},
-    "no weights, rotary part": {"weights": False, "table": "real", "width": 10, "tokens": 4, "rope_start": 2},
-    "half, rotary part": {"table": "real", "width": 10, "tokens": 4, "rope_start": 1, "interleaved": False},
-    "layer norm, rotary part": {"rms": False, "biases": True, "table": "complex", "tokens": 5, "rope_start": 2},
+    "no weights, rotary part": {"weights": False, "table": "real", "width": 10, "tokens": S - 3, "rope_start": 2},
+    "half, rotary part": {"table": "real", "width": 10, "tokens": S - 3, "rope_start": 1, "interleaved": False},
+    "layer norm, rotary part": {"rms": False, "biases": True, "table": "complex", "tokens": S - 2, "rope_start": 2},
     "across heads": {"across_heads": True, "table": "real"},
     "across heads, layer norm": {"across_heads": True, "rms": False, "biases": True},
     "across heads, table per head": {"across_heads": True, "table": "per head"},
@@ -50,7 +48,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint, image rotated": {"text": True, "table": "real", "tokens": S, "text_first": False},
     "joint, across heads": {"text": True, "across_heads": True},
     "fewer keys' heads": {"table": "complex", "key_heads": 1},
-    "other length": {"key_tokens": 11, "across_heads": True},
+    "other length": {"key_tokens": S + 4, "across_heads": True},
 }
 
 
@@ -143,11 +141,6 @@ def test_queries_alone() -> None:
     assert none.shape == (B, S, 0, D)
 
 
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
-
-
 @pytest.mark.parametrize("half", [False, True], ids=["interleaved", "half"])
 def test_eager_is_what_diffusers_computes(half: bool) -> None:
     """Bitwise the chain of a joint attention: RMSNorm, concatenation, ``apply_rotary_emb``."""
@@ -227,7 +220,7 @@ def test_falls_back_with_a_reason() -> None:
         ({"eps": None, "q_weight": torch.ones(D)}, "there is no norm"),
         ({"sin": torch.ones(S, D)}, "sin is given without cos"),
         ({"cos": torch.ones(S, D)}, r"there is no sin: expected \(cosine, sine\) pairs"),
-        ({"cos": torch.ones(S, 24), "sin": torch.ones(S, 24)}, r"table of shape \(7, 24\)"),
+        ({"cos": torch.ones(S, 24), "sin": torch.ones(S, 24)}, r"table of shape \(5, 24\)"),
         ({"cos": torch.ones(S, D), "sin": torch.ones(S, D), "rope_start": 1}, "from rope_start=1"),
         ({"cos": torch.ones(S, 11, dtype=torch.complex64)}, "expected"),
         ({"text_q": torch.ones(B, TEXT, H, D)}, "go together"),

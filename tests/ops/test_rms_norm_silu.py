@@ -19,8 +19,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -99,11 +97,6 @@ class TestNumerics:
             return (x.to(dtype),), {"eps": 3e-3, "clamp": clamp, "silu": False}
 
         assert_numerics(rms_norm_silu, arguments)
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_numerics_on(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -14,8 +14,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -116,11 +114,6 @@ def _wide(args: tuple[Any, ...]) -> tuple[Any, ...]:
         return value.double() if isinstance(value, Tensor) else value
 
     return tuple(widen(a) for a in args)
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (15,), (2, 17), (1, 4, 4, 5, 6), (0, 4), (3, 4, 128, 128)])

@@ -15,8 +15,6 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
-    lower_isas,
-    rerun_on,
     run_kernel,
 )
 from torch import Tensor
@@ -39,11 +37,6 @@ def test_numerics(dtype: torch.dtype, dim: int) -> None:
         return _halves(generator, 2, 14, 3, 154, dtype=dtype, dim=dim), {}
 
     assert_numerics(swiglu, arguments)
-
-
-@pytest.mark.parametrize("isa", lower_isas())
-def test_other_instruction_sets(isa: str) -> None:
-    rerun_on(isa, __file__)
 
 
 def test_eager_is_what_diffusers_computes() -> None:

@@ -167,7 +167,7 @@ def test_context_parallel(tmp_path: Path, kind: str) -> None:
         subprocess.Popen([sys.executable, str(script), str(rank), *arguments], env=environment, stderr=subprocess.PIPE)
         for rank in range(2)
     ]
-    errors = [rank.communicate(timeout=240)[1].decode() for rank in ranks]
+    errors = [rank.communicate(timeout=600)[1].decode() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], errors[0][-3000:] + errors[1][-3000:]
     out = torch.cat([torch.load(tmp_path / f"out{rank}") for rank in range(2)], 1)
     exact = F.scaled_dot_product_attention(*(t.transpose(1, 2).double() for t in (q, k, v))).transpose(1, 2)

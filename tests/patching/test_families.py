@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES, Case, flat, narrower, output
+from models import CASES, Case, assert_no_further, flat, narrower, output
 from zoo import ALL_CASES
 
 import fastdiff
 from fastdiff.patching import patch_of
 
 BY_NAME = pytest.mark.parametrize("case", ALL_CASES, ids=lambda c: c.name)
+DTYPES = [pytest.param(torch.float32, marks=pytest.mark.smoke), torch.bfloat16]
 
 
 def _generator(seed: int) -> torch.Generator:
@@ -40,7 +41,7 @@ def _in_fp64(model: torch.nn.Module, inputs: dict[str, Any]) -> torch.nn.Module:
 
 
 @BY_NAME
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
 def test_numerics(case: Case, dtype: torch.dtype) -> None:
     """Pooled over ten seeds, the patched model is at most 1.05 times as far from fp64 as eager."""
     model = case.build().to(dtype)
@@ -51,15 +52,10 @@ def test_numerics(case: Case, dtype: torch.dtype) -> None:
     fastdiff.patch(model)
     ours = torch.stack([output(model, inputs) for inputs in calls])
     assert fastdiff.report(model).fused == sum(case.sites.values())
-
-    def error(value: torch.Tensor) -> float:
-        return ((value.double() - reference).square().sum() / reference.square().sum()).sqrt().item()
-
-    assert ours.dtype == eager.dtype
-    assert not torch.equal(ours, eager), "bitwise equal: nothing fused ran"
-    assert error(ours) <= 1.05 * error(eager), (error(ours), error(eager))
+    assert_no_further(ours, eager, reference)
 
 
+@pytest.mark.smoke
 @BY_NAME
 def test_sites(case: Case) -> None:
     """The expected sites, all served by the CPU kernels, no place left over; fewer launches on a real forward."""
@@ -80,6 +76,7 @@ def test_sites(case: Case) -> None:
     assert launches.after <= (1 - case.saved) * launches.before, launches
 
 
+@pytest.mark.smoke
 @BY_NAME
 def test_unpatch_is_exact(case: Case) -> None:
     model = case.build()

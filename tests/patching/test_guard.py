@@ -6,6 +6,7 @@ import subprocess
 import sys
 from typing import Any
 
+import differences
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -116,6 +117,11 @@ def test_fingerprints_cover_the_supported_versions() -> None:
         assert versions == {f"{major}.{minor}" for minor in range(since, last + 1)}, name
         if diffusers.__version__.rpartition(".")[0] in versions:
             assert diffusers.__version__ in table[_fingerprint.fingerprint(_fingerprint.resolve(name))].split(), name
+
+
+def test_what_differs_from_the_newest_diffusers_is_tested_in_full() -> None:
+    """By the tests of some model, whatever else is skipped as a repetition."""
+    assert set().union(*differences.in_full().values()) == differences.differing()
 
 
 BAD = [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from actions import OwnProcessor, skip_scores
+from extent import REPEATED
 from models import CASES, Case, dit, inputs_of, output, sd15_unet
 from torch import Tensor, nn
 
@@ -60,6 +61,12 @@ def _mid_inputs() -> dict[str, Any]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+ONCE = pytest.mark.skipif(
+    REPEATED, reason="what inductor makes of a graph was tested with the newest Diffusers (FASTDIFF_TEST_ALL=1 runs it)"
+)
+
+
+@ONCE
 @pytest.mark.parametrize(
     ("build", "inputs", "ops"),
     [
@@ -181,6 +188,7 @@ def test_compiles_as_seldom_as_stock(mode: str) -> None:
     assert patched[-1] == patched[-2] < 6
 
 
+@ONCE
 def test_reduce_overhead() -> None:
     """CUDA graphs where there is CUDA; elsewhere it has to work all the same."""
     model, inputs = _OneBlockDiT(), inputs_of(CASES[-1])

@@ -150,7 +150,7 @@ def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     start = threading.Barrier(len(sets))
 
     def work(thread: int) -> None:
-        start.wait(timeout=60)
+        start.wait(timeout=600)
         for _ in range(2):
             results[thread].append(trajectories(sets[thread], thread))
 
