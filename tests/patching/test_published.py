@@ -90,7 +90,8 @@ def test_table_is_up_to_date(
 #: What Diffusers' tests of a model are called, where that is not the name of its module.
 _TESTED_AS = {"auraflow": "aura_flow", "hunyuan": "hunyuan_dit", "controlnet_hunyuan": "controlnet_hunyuandit",
               "hunyuan_video15": "hunyuan_1_5", "hunyuanimage": "hunyuan_image_21", "pixart": "pixart_transformer2d",
-              "dit": "dit_transformer2d", "hidream_image": "hidream", "controlnet_qwenimage": "qwenimage", "controlnet_sana": "sana"}  # fmt: skip
+              "dit": "dit_transformer2d", "hidream_image": "hidream", "controlnet_qwenimage": "qwenimage",
+              "controlnet_sana": "sana"}  # fmt: skip
 
 
 def test_diffusers_tests_of_all_transformers_are_run() -> None:
