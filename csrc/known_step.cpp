@@ -5,205 +5,16 @@
 // Python, before anything has happened.
 #include "known_step.h"
 
-#include <pybind11/stl.h>
-
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "bound_step.h"
-
-// Of torch's stable ABI; a handle is the address of an at::Tensor, which is one pointer to its implementation.
-struct AtenTensorOpaque;
-extern "C" {
-int32_t aoti_torch_get_layout(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_layout_strided();
-int32_t aoti_torch_get_dtype(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_get_device_type(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_get_device_index(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_get_dim(AtenTensorOpaque*, int64_t*);
-int32_t aoti_torch_get_sizes(AtenTensorOpaque*, int64_t**);
-int32_t aoti_torch_is_contiguous(AtenTensorOpaque*, bool*);
-int32_t torch_get_const_data_ptr(AtenTensorOpaque*, const void**);
-int32_t torch_get_mutable_data_ptr(AtenTensorOpaque*, void**);
-bool aoti_torch_grad_mode_is_enabled();
-}
-
-namespace py = pybind11;
+#include "tensor_value.h"
 
 namespace fastdiff {
 namespace {
-
-// What is needed of torch's Python side.
-struct Torch {
-  py::object tensor = py::module_::import("torch").attr("Tensor");
-  py::object implementation = tensor.attr("_cdata"), version = tensor.attr("_version");
-  py::object requires_grad = tensor.attr("requires_grad"), dtype = tensor.attr("dtype");
-  py::object is_neg = tensor.attr("is_neg"), lerp = py::module_::import("torch").attr("lerp");
-
-  static const Torch& get() {
-    static const Torch* torch = new Torch;  // kept until the process ends
-    return *torch;
-  }
-};
-
-py::object owned(PyObject* o) {
-  if (!o) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(o);
-}
-
-py::object shared(PyObject* o) { return py::reinterpret_borrow<py::object>(o); }
-
-// Of a descriptor of torch.Tensor.
-py::object property(const py::object& descriptor, PyObject* t) {
-  return owned(Py_TYPE(descriptor.ptr())->tp_descr_get(descriptor.ptr(), t, reinterpret_cast<PyObject*>(Py_TYPE(t))));
-}
-
-py::object interned(const char* name) { return owned(PyUnicode_InternFromString(name)); }
-
-py::object interned(const py::handle& name) {
-  PyObject* text = shared(name.ptr()).release().ptr();
-  PyUnicode_InternInPlace(&text);
-  return owned(text);
-}
-
-std::vector<py::object> interned_all(const py::handle& names) {
-  std::vector<py::object> found;
-  for (const py::handle name : names) found.push_back(interned(name));
-  return found;
-}
-
-py::object dict_of(PyObject* o) { return owned(PyObject_GenericGetDict(o, nullptr)); }
-
-// The value at a key of a dictionary; null where there is none.
-PyObject* at(const py::object& dict, const py::object& key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
-  if (!value && PyErr_Occurred()) throw py::error_already_set();
-  return value;
-}
-
-void set(const py::object& dict, const py::object& key, const py::object& value) {
-  if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr())) throw py::error_already_set();
-}
-
-// Whether two objects are one, or equal and of one type.
-bool same(PyObject* a, PyObject* b) {
-  if (a == b) return true;
-  if (!a || !b || Py_TYPE(a) != Py_TYPE(b)) return false;
-  const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
-  if (equal < 0) throw py::error_already_set();
-  return equal;
-}
-
-// Whether two dictionaries hold the same objects in the same order, but for that of the name `except`.
-bool identical(PyObject* a, PyObject* b, PyObject* except) {
-  if (PyDict_Size(a) != PyDict_Size(b)) return false;
-  Py_ssize_t i = 0, j = 0;
-  PyObject *name, *value, *other_name, *other;
-  while (PyDict_Next(a, &i, &name, &value))
-    if (!PyDict_Next(b, &j, &other_name, &other) || name != other_name || (value != other && name != except))
-      return false;
-  return true;
-}
-
-bool identical(PyObject* a, PyObject* b) {
-  const Py_ssize_t size = PyList_GET_SIZE(a);
-  if (PyList_GET_SIZE(b) != size) return false;
-  for (Py_ssize_t i = 0; i < size; ++i)
-    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) return false;
-  return true;
-}
-
-// A borrowed object that other threads may have taken away meanwhile.
-PyObject* still_there(PyObject* o) {
-  if (o) return o;
-  PyErr_Clear();
-  throw std::runtime_error("fastdiff: the scheduler was changed while it made a step");
-}
-
-void replace(PyObject* list, const py::object& items) {
-  if (!PyList_CheckExact(still_there(list))) still_there(nullptr);
-  if (PyList_SetSlice(list, 0, PyList_GET_SIZE(list), items.ptr())) throw py::error_already_set();
-}
-
-// A tensor, or none; asked without torch's Python side.
-class Value {
- public:
-  Value() = default;
-  explicit Value(py::object t) : object_(std::move(t)) {
-    implementation_ = PyLong_AsVoidPtr(property(Torch::get().implementation, object_.ptr()).ptr());
-  }
-
-  template <class Answer, class Function>
-  bool read(Function function, Answer* answer) const {
-    return function(reinterpret_cast<AtenTensorOpaque*>(const_cast<void**>(&implementation_)), answer) == 0;
-  }
-
-  explicit operator bool() const { return static_cast<bool>(object_); }
-  const py::object& object() const { return object_; }
-  PyObject* ptr() const { return object_.ptr(); }
-
- private:
-  py::object object_;
-  void* implementation_ = nullptr;
-};
-
-// What a step depends on of a tensor: class, dtype, shape, device, and that it is strided.
-struct Kind {
-  PyTypeObject* type = nullptr;
-  int32_t layout = 0, dtype = 0, device = 0, index = 0;
-  int64_t axes = 0, *sizes = nullptr;
-  std::vector<int64_t> shape;
-
-  // False where torch does not tell; the sizes are the tensor's own.
-  bool read(const Value& t) {
-    type = Py_TYPE(t.ptr());
-    return t.read(aoti_torch_get_layout, &layout) && layout == aoti_torch_layout_strided() &&
-           t.read(aoti_torch_get_dtype, &dtype) && t.read(aoti_torch_get_device_type, &device) &&
-           t.read(aoti_torch_get_device_index, &index) && t.read(aoti_torch_get_dim, &axes) &&
-           t.read(aoti_torch_get_sizes, &sizes);
-  }
-
-  // Takes a tensor of this kind, and no other.
-  bool take(PyObject* t, Value& taken) const {
-    if (Py_TYPE(t) != type) return false;
-    taken = Value(shared(t));
-    Kind other;
-    return other.read(taken) && other.dtype == dtype && other.device == device && other.index == index &&
-           other.axes == axes && std::equal(shape.begin(), shape.end(), other.sizes);
-  }
-
-  // That of an example, if what is read of it is what Python says.
-  static Kind of(const py::object& example) {
-    const Value t(example);
-    Kind kind;
-    if (!kind.read(t)) throw py::value_error("fastdiff: known_step: a tensor does not tell what it is");
-    kind.shape.assign(kind.sizes, kind.sizes + kind.axes);
-    kind.sizes = nullptr;
-    const py::object there = example.attr("data_ptr")();
-    const void* data = nullptr;
-    if (kind.shape != py::cast<std::vector<int64_t>>(example.attr("shape")) ||
-        !t.read(torch_get_const_data_ptr, &data) || data != PyLong_AsVoidPtr(there.ptr()))
-      throw py::value_error("fastdiff: known_step: this torch's tensors are not what they were");
-    return kind;
-  }
-};
-
-bool needs_gradient(const Value& t) {
-  return t && property(Torch::get().requires_grad, t.ptr()).ptr() == Py_True;
-}
-
-// The address of a contiguous tensor's data; null of any other, and where there is no memory.
-const void* address(const Value& t) {
-  bool contiguous = false;
-  const void* data = nullptr;
-  if (!t.read(aoti_torch_is_contiguous, &contiguous) || !contiguous ||
-      owned(PyObject_CallOneArg(Torch::get().is_neg.ptr(), t.ptr())).ptr() != Py_False ||
-      !t.read(torch_get_const_data_ptr, &data))
-    return nullptr;
-  return data;
-}
 
 // A value after the step: that at a position, or one that is no tensor.
 struct After {
@@ -300,12 +111,6 @@ struct Call {
   py::object timestep, moment, generator = py::none();
   py::object attributes, left, contents;
 };
-
-#define NAME(name)                                                 \
-  ([]() -> const py::object& {                                     \
-    static const py::object* kept = new py::object(interned(name)); \
-    return *kept;                                                  \
-  }())
 
 std::vector<std::pair<py::object, py::object>> pairs(const py::handle& items) {
   std::vector<std::pair<py::object, py::object>> found;
@@ -589,7 +394,7 @@ py::object KnownStep::run(PyObject* stepper, PyObject* site, PyObject* args, PyO
   call.values.resize(kinds_.size());
   const py::object own = dict_of(site);
   if (!same(at(own, NAME("backend")), backend_.ptr()) || !as_expected() ||
-      !take_arguments(args, kwargs, stepper, call) || !is_there(stepper, call))
+      !is_there(stepper, call) || !take_arguments(args, kwargs, stepper, call))
     return {};
   bool contiguous = false;  // of such a sample, kernels take history in any layout
   if (!call.values[kSample].read(aoti_torch_is_contiguous, &contiguous) || !contiguous) return {};

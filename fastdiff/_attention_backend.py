@@ -33,6 +33,7 @@ _DISPATCH = "diffusers.models.attention_dispatch"
 
 # A plain threading.local: torch.compile guards on its attributes.
 _calling = threading.local()
+_calling.site = None
 
 
 @contextlib.contextmanager
@@ -113,16 +114,24 @@ def patched_attention(
     Raises:
         ValueError: if context parallelism is on, and the backend in effect is not made for it.
     """
-    from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        dispatch_attention_fn,
+    )
 
     active = _AttentionBackendRegistry._active_backend
+    if active is registered(PATCHED):  # whoever saves a processor's backend may also make it the active one
+        active = AttentionBackendName.NATIVE
     arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     if getattr(_calling, "site", None) is not None and _parallel_config is None and active in DEFAULTS:
         return dispatched_attention(*arguments, return_lse)
     if _parallel_config is not None and not _AttentionBackendRegistry._is_context_parallel_available(active):
         raise ValueError(f"the attention backend {active.value!r} does not support context parallelism")
     others["return_lse"] = return_lse
-    return dispatch_attention_fn(*arguments, attention_kwargs=others, parallel_config=_parallel_config)
+    return dispatch_attention_fn(
+        *arguments, attention_kwargs=others, backend=active, parallel_config=_parallel_config
+    )
 
 
 #: The backends in effect in a process with which patched modules have fused attention: nobody chose another one.

@@ -215,8 +215,11 @@ class Site:
     def set_backend(self) -> None:
         """Let the owner's processor dispatch to fastdiff, if it dispatches and nobody chose a backend for it."""
         processor: Any = getattr(self.owner, "processor", None)
+        state = getattr(processor, "__dict__", None)
+        if state is None:
+            return
         if getattr(processor, "_attention_backend", 0) is None and (member := registered(PATCHED)) is not None:
-            vars(processor)[_BACKEND] = "_attention_backend" in vars(processor)
+            state[_BACKEND] = "_attention_backend" in state
             processor._attention_backend = member
         if is_ours(getattr(processor, "_attention_backend", None)):
             self.processors.add(processor)
@@ -242,9 +245,11 @@ class Site:
 
     def note(self, slot: str, choice: Choice) -> None:
         """Note what serves this call under ``slot``."""
-        if self.served.get(slot) is not choice and not torch.compiler.is_compiling():
+        if (self.declined or self.served.get(slot) is not choice) and not torch.compiler.is_compiling():
+            if self.declined:  # what served then says nothing about this call
+                self.served.clear()
+                self.declined = ""
             self.served[slot] = choice
-            self.declined = ""
 
     def stock(self, reason: str, owner: Any, *args: Any, name: str = "forward", **kwargs: Any) -> Any:
         """Run the stock method for this call, and note why."""
@@ -280,12 +285,13 @@ def is_ours(backend: Any) -> bool:
 
 
 def _unset_backend(processor: Any) -> None:
-    own = vars(processor).pop(_BACKEND, False)
-    if is_ours(vars(processor).get("_attention_backend")):
+    state = getattr(processor, "__dict__", {})
+    own = state.pop(_BACKEND, False)
+    if is_ours(state.get("_attention_backend")):
         if own:
             processor._attention_backend = None
         else:
-            del processor._attention_backend
+            state.pop("_attention_backend", None)  # another thread may have been faster
 
 
 def site_of(owner: Any) -> Site | None:

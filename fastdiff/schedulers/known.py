@@ -66,7 +66,7 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
     """
     compiled = getattr(_extension.module, "known_step", None)  # an extension from before has none
     tensors = [t for t in (*call.values, call.mask) if t is not None]
-    if compiled is None or any(type(t) not in _PLAIN_TENSORS for t in tensors):
+    if compiled is None or _level() != -1 or any(type(t) not in _PLAIN_TENSORS for t in tensors):
         return None
     try:
         arguments = list(_arguments(sampler, call))
@@ -114,7 +114,7 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
     }  # fmt: skip
     try:
         known: Known = compiled(parts)
-    except ValueError:  # a tensor is not what it says it is
+    except Exception:  # of a tensor that does not tell what it is: the step is done, and the next one needs no haste
         return None
     return known
 

@@ -139,12 +139,16 @@ class Stepper:
     def step(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's step; arguments and result as in the stock one."""
         if not torch.compiler.is_compiling():
-            following = None if self._place is None else self._place.next
-            if following is not None and following.known is not None:
-                result = following.known(self, site, args, kwargs)
+            place = self._place  # all is read once: other threads may set it
+            following = None if place is None else place.next
+            known = None if following is None else following.known
+            if known is not None and following is not None:
+                self._place = None  # an interrupt after the books are kept must not leave it a step behind them
+                result = known(self, site, args, kwargs)
                 if result is not NotImplemented:
                     self._place = following.step
                     return result
+                self._place = place
         result = self._fused(site, args, kwargs)
         if type(result) is str:
             return site.stock(result, self.scheduler, *args, name=self.sampler.method, **kwargs)
@@ -200,7 +204,7 @@ class Stepper:
         before = values.copy()
         result = self._run(site, following, values, given)
         form = len(args), *kwargs
-        if following.form != form:
+        if place is not None and following.form != form:  # else nobody would find it again
             call = KnownCall(len(args), self.signature.by_name(args, kwargs), moments, first, begin, before, given.mask)
             following.known = known_step(sampler, self._begins, self._lists, self._randn, site, following, call)
             following.form = form

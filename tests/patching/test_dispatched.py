@@ -21,6 +21,7 @@ from transformer_models import TRANSFORMERS
 import fastdiff
 from fastdiff._launches import count_launches
 from fastdiff.backends import use_backend
+from fastdiff.patching._site import site_of
 
 pytestmark = pytest.mark.kernel
 
@@ -140,9 +141,34 @@ def test_table_is_used_again_with_the_familys_processor() -> None:
     model.set_attn_processor({name: Unknown() for name in model.attn_processors})
     fastdiff.patch(model)
     outputs(model, inputs)
+    outputs(model, inputs)
+    for site in (site_of(module) for module in model.modules() if hasattr(module, "processor")):
+        assert site is not None
+        site.served["attention 2"] = site.served["attention"]  # as of a processor that attends to two things
     model.set_attn_processor(FluxAttnProcessor())
     outputs(model, inputs)
     assert all(row.fused for row in _rows(model))
+    assert not any("attention 2" in row.served_by for row in _rows(model))
+
+
+def test_native_that_was_chosen() -> None:
+    """By name for the model it is a choice, also where a table would fuse."""
+    model, inputs = _flux()
+    fastdiff.patch(model)
+    model.set_attention_backend("native")
+    assert _attention_launches(model, inputs) == 0
+    model.reset_attention_backend()
+    assert _attention_launches(model, inputs) == len(_processors(model))
+
+
+def test_made_the_active_one() -> None:
+    """Who saves a processor's backend and restores it as the process's own finds the default."""
+    model, inputs = _model()
+    expected = outputs(model, inputs)
+    fastdiff.patch(model)
+    _AttentionBackendRegistry.set_active_backend(_processors(model)[0]._attention_backend)
+    fastdiff.unpatch(model)
+    assert torch.equal(outputs(model, inputs), expected)
 
 
 @pytest.mark.parametrize("first", ["user", "patch"])

@@ -106,6 +106,40 @@ def _prepared(name: str = DPM, **step: Any) -> tuple[Any, Walk, Tensor]:
     return scheduler, walk, sample
 
 
+def test_interrupted_after_the_books_were_kept() -> None:
+    """The next step is the next one, not the same again."""
+    (scheduler, walk, x), (whole, other, _) = _prepared(), _prepared()
+    place = site_of(scheduler).state._place
+    assert place.next is not None and place.next.known is not None
+    known = place.next.known
+
+    def interrupted(*args: Any) -> Any:
+        known(*args)
+        raise KeyboardInterrupt
+
+    place.next.known = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        walk.step(2, x.flip(0), x)
+    other.step(2, x.flip(0), x)
+    assert _same(attributes(scheduler), attributes(whole))
+    for index in (3, 4):
+        assert _same(fields(walk.step(index, x.flip(0), x)), fields(other.step(index, x.flip(0), x)))
+    assert _same(attributes(scheduler), attributes(whole))
+
+
+def test_forward_mode_does_not_stay() -> None:
+    """Steps that ran eager within a dual level are fused again outside of it."""
+    scheduler = make(DPM, True)
+    for inside in (True, True, False, False):
+        set_timesteps(scheduler, 5)
+        walk, x = Walk(scheduler), torch.randn(SHAPE)
+        for index in range(5):
+            with forward_ad.dual_level() if inside else contextlib.nullcontext():
+                walk.step(index, x.flip(0), x)
+            served = {choice.backend for choice in site_of(scheduler).served.values()}
+            assert ("eager" in served) is inside
+
+
 class _Tensor(Tensor):
     """A subclass."""
 

@@ -16,7 +16,7 @@ import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
 from torch import Tensor
 
-from fastdiff._attention_backend import DEFAULTS
+from fastdiff._attention_backend import DEFAULTS, NAME
 from fastdiff.ops import attention, qk_norm_rope
 from fastdiff.patching._site import Site, is_ours
 from fastdiff.patching.blocks import Block, drop, forward, halves, once, rejoined
@@ -210,8 +210,8 @@ def attend(
     if is_ours(backend):
         backend = None
     config = getattr(processor, "_parallel_config", None) if parallel else None
-    chosen = backend if backend is not None else _AttentionBackendRegistry._active_backend
-    if config is None and chosen in DEFAULTS:
+    ours = _AttentionBackendRegistry._active_backend in DEFAULTS if backend is None else backend == NAME
+    if config is None and ours:
         out, _ = site.serve(slot, attention, query, key, value, mask)
         return out
     if hasattr(processor, "_attention_backend"):

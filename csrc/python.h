@@ -1,0 +1,93 @@
+// Python's objects by its C API, where pybind11's way takes longer: owned references, dictionaries and lists.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <vector>
+
+namespace fastdiff {
+
+namespace py = pybind11;
+
+inline py::object owned(PyObject* o) {
+  if (!o) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(o);
+}
+
+inline py::object shared(PyObject* o) { return py::reinterpret_borrow<py::object>(o); }
+
+inline py::object interned(const char* name) { return owned(PyUnicode_InternFromString(name)); }
+
+inline py::object interned(const py::handle& name) {
+  PyObject* text = shared(name.ptr()).release().ptr();
+  PyUnicode_InternInPlace(&text);
+  return owned(text);
+}
+
+inline std::vector<py::object> interned_all(const py::handle& names) {
+  std::vector<py::object> found;
+  for (const py::handle name : names) found.push_back(interned(name));
+  return found;
+}
+
+inline py::object dict_of(PyObject* o) { return owned(PyObject_GenericGetDict(o, nullptr)); }
+
+// The value at a key of a dictionary; null where there is none.
+inline PyObject* at(const py::object& dict, const py::object& key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key.ptr());
+  if (!value && PyErr_Occurred()) throw py::error_already_set();
+  return value;
+}
+
+inline void set(const py::object& dict, const py::object& key, const py::object& value) {
+  if (PyDict_SetItem(dict.ptr(), key.ptr(), value.ptr())) throw py::error_already_set();
+}
+
+// Whether two objects are one, or equal and of one type.
+inline bool same(PyObject* a, PyObject* b) {
+  if (a == b) return true;
+  if (!a || !b || Py_TYPE(a) != Py_TYPE(b)) return false;
+  const int equal = PyObject_RichCompareBool(a, b, Py_EQ);
+  if (equal < 0) throw py::error_already_set();
+  return equal;
+}
+
+// Whether two dictionaries hold the same objects in the same order, but for that of the name `except`.
+inline bool identical(PyObject* a, PyObject* b, PyObject* except) {
+  if (PyDict_Size(a) != PyDict_Size(b)) return false;
+  Py_ssize_t i = 0, j = 0;
+  PyObject *name, *value, *other_name, *other;
+  while (PyDict_Next(a, &i, &name, &value))
+    if (!PyDict_Next(b, &j, &other_name, &other) || name != other_name || (value != other && name != except))
+      return false;
+  return true;
+}
+
+inline bool identical(PyObject* a, PyObject* b) {
+  const Py_ssize_t size = PyList_GET_SIZE(a);
+  if (PyList_GET_SIZE(b) != size) return false;
+  for (Py_ssize_t i = 0; i < size; ++i)
+    if (PyList_GET_ITEM(a, i) != PyList_GET_ITEM(b, i)) return false;
+  return true;
+}
+
+// A borrowed object that other threads may have taken away meanwhile.
+inline PyObject* still_there(PyObject* o) {
+  if (o) return o;
+  PyErr_Clear();
+  throw std::runtime_error("fastdiff: the scheduler was changed while it made a step");
+}
+
+inline void replace(PyObject* list, const py::object& items) {
+  if (!PyList_CheckExact(still_there(list))) still_there(nullptr);
+  if (PyList_SetSlice(list, 0, PyList_GET_SIZE(list), items.ptr())) throw py::error_already_set();
+}
+
+#define NAME(name)                                                 \
+  ([]() -> const py::object& {                                     \
+    static const py::object* kept = new py::object(interned(name)); \
+    return *kept;                                                  \
+  }())
+
+}  // namespace fastdiff
