@@ -153,9 +153,9 @@ def measure(case: Case, dtype_name: str, options: argparse.Namespace, rates: Rat
         extra["targets"] = as_extra(*memory_targets(case, DTYPES[dtype_name].itemsize, served))
         if case.op == "group_norm_silu" and size_bytes(args[:1]) > cache_bytes(device):
             extra["second_read"] = size_bytes(args[:1])
+    target = case.targets.get(f"{dtype_name} {options.allocator}", case.targets.get(dtype_name))
     return Row(case.name, dtype_name, options.allocator, timings, moved, case.flops,
-               rates.floor_ms(moved, case.flops, dtype_name), case.targets.get(dtype_name), "; ".join(note),
-               extra)  # fmt: skip
+               rates.floor_ms(moved, case.flops, dtype_name), target, "; ".join(note), extra)  # fmt: skip
 
 
 def show(rows: list[Row]) -> Table:

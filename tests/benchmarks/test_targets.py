@@ -118,3 +118,8 @@ def test_cold_start_is_judged_side_by_side() -> None:
 def test_overhead_has_a_limit() -> None:
     assert text(_row(overhead_us=12.0, target=15.0)) == "15"
     assert text(_row(overhead_us=17.0, target=15.0)) == "15 (missed)"
+
+
+def test_raised_thresholds_have_targets_of_their_own() -> None:
+    case = next(c for c in layer_cases.cases() if "[1, 128, 512, 512] NHWC" in c.name)
+    assert case.targets == {"fp32": 2.0, "bf16": 2.0, "fp32 tuned": 2.5, "bf16 tuned": 2.5}
