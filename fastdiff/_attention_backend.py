@@ -124,7 +124,11 @@ def patched_attention(
     if active is registered(PATCHED):  # whoever saves a processor's backend may also make it the active one
         active = AttentionBackendName.NATIVE
     arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-    if getattr(_calling, "site", None) is not None and _parallel_config is None and active in DEFAULTS:
+    broadcast = not key.shape[0] == value.shape[0] == query.shape[0] or not (
+        enable_gqa or key.shape[2] == value.shape[2] == query.shape[2]
+    )  # which torch's attention takes
+    patched = getattr(_calling, "site", None) is not None and _parallel_config is None and active in DEFAULTS
+    if patched and not broadcast:
         return dispatched_attention(*arguments, return_lse)
     if _parallel_config is not None and not _AttentionBackendRegistry._is_context_parallel_available(active):
         raise ValueError(f"the attention backend {active.value!r} does not support context parallelism")

@@ -11,7 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ErnieImageTransformer2DModel, FluxTransformer2DModel
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry, attention_backend
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    attention_backend,
+    dispatch_attention_fn,
+)
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from models import randomized
 from torch import Tensor, nn
@@ -19,6 +24,7 @@ from transformer_case import outputs
 from transformer_models import TRANSFORMERS
 
 import fastdiff
+from fastdiff._attention_backend import PATCHED, attention_of, registered
 from fastdiff._launches import count_launches
 from fastdiff.backends import use_backend
 from fastdiff.patching._site import site_of
@@ -369,3 +375,15 @@ def test_gradients_and_verify() -> None:
     found = fastdiff.verify(model, **inputs)
     assert found.ok
     assert len(found.sites) == LAYERS
+
+
+@pytest.mark.parametrize("shape", [(1, 7, 3, 8), (2, 7, 1, 8)], ids=["over the batch", "over heads"])
+def test_keys_that_broadcast(shape: tuple[int, ...]) -> None:
+    """A processor may count on it: torch's attention does it, the op does not."""
+    model, _ = _model()
+    fastdiff.patch(model)
+    site = next(site_of(module) for module in model.modules() if hasattr(module, "processor"))
+    query, key = torch.randn(2, 5, 3, 8), torch.randn(shape)
+    with attention_of(site):
+        ours = dispatch_attention_fn(query, key, key, backend=registered(PATCHED))
+    assert torch.equal(ours, dispatch_attention_fn(query, key, key))
