@@ -83,16 +83,6 @@ def test_reference_tokens_with_a_time_of_their_own() -> None:
     assert {row.cls for row in rows if not row.fused} == {"Flux2Attention", "Flux2ParallelSelfAttention"}
 
 
-#: Model -> those of its classes that fuse an activation which is a module of its own.
-HAVE_AN_ACTIVATION = {
-    "Flux dev": {"FluxSingleTransformerBlock"},
-    "Flux2": {"Flux2SwiGLU"},
-    "Ovis-Image": {"SwiGLU", "OvisImageSingleTransformerBlock"},
-    "Lumina2": {"LuminaFeedForward"},
-    "OmniGen": {"OmniGenFeedForward"},
-}
-
-
 @pytest.mark.parametrize("name", ["Flux dev", "Flux2", "Chroma"])
 def test_fp16_is_clipped(name: str) -> None:
     """Where the text's stream leaves fp16's range, blocks clip it, and everything stays finite."""

@@ -52,15 +52,22 @@ def dispatches(module: Any) -> bool:
     return hasattr(getattr(module, "processor", None), "_attention_backend")
 
 
+def chosen_backend(processor: Any = None) -> Any:
+    """The attention backend that somebody chose for the processor, or for all models, instead of fastdiff's; ``None``
+    if nobody did."""
+    backend, allowed = getattr(processor, "_attention_backend", None), [NAME]
+    if backend is None or is_ours(backend):
+        backend, allowed = _AttentionBackendRegistry._active_backend, DEFAULTS
+    return None if backend in allowed else backend
+
+
 def _why_not(attn: Any) -> str | None:
     """Why fused attention is not what its processor dispatches to now, or ``None``."""
     processor = attn.processor
     if not dispatches(attn):
         return f"its processor is {type(processor).__name__}, which does not dispatch attention"
-    backend, allowed = processor._attention_backend, [NAME]
-    if backend is None or is_ours(backend):
-        backend, allowed = _AttentionBackendRegistry._active_backend, DEFAULTS
-    if backend not in allowed:
+    backend = chosen_backend(processor)
+    if backend is not None:
         return f"the attention backend is {getattr(backend, 'value', backend)}"
     if getattr(processor, "_parallel_config", None) is not None:
         return "context parallelism is on"

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry, dispatch_attention_fn
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from torch import Tensor
 
-from fastdiff._attention_backend import DEFAULTS, NAME
 from fastdiff.ops import attention, qk_norm_rope
 from fastdiff.patching._site import Site, is_ours
 from fastdiff.patching.blocks import Block, drop, forward, halves, once, rejoined
 from fastdiff.patching.blocks.attention import ATTENTION, mask_by_head
-from fastdiff.patching.blocks.dispatched import dispatches, stock_attention, why_not_mode
+from fastdiff.patching.blocks.dispatched import chosen_backend, dispatches, stock_attention, why_not_mode
 from fastdiff.patching.blocks.token_norms import (
     NORM_SOURCES,
     is_rms,
@@ -206,15 +205,12 @@ def attend(
     groups = query.shape[2] // key.shape[2]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=2), value.repeat_interleave(groups, dim=2)
-    backend = getattr(processor, "_attention_backend", None)
-    if is_ours(backend):
-        backend = None
     config = getattr(processor, "_parallel_config", None) if parallel else None
-    ours = _AttentionBackendRegistry._active_backend in DEFAULTS if backend is None else backend == NAME
-    if config is None and ours:
+    if config is None and chosen_backend(processor) is None:
         out, _ = site.serve(slot, attention, query, key, value, mask)
         return out
     if hasattr(processor, "_attention_backend"):
+        backend = None if is_ours(processor._attention_backend) else processor._attention_backend
         return dispatch_attention_fn(query, key, value, mask, backend=backend, parallel_config=config)
     out, _ = site.serve(slot, attention, query, key, value, mask)  # such processors know no backends
     return out

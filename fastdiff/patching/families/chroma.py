@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastdiff.patching.blocks.adaln import GATES, MODULATED, block_row, clip_half, gated, gated_feed_forward, guarded
-from fastdiff.patching.blocks.feed_forward import GELU_TANH, activated
+from fastdiff.patching.blocks.adaln import GATES, MODULATED, block_row, guarded
+from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.token_norms import modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 from fastdiff.patching.families._savings import FLUX_TABLES
-from fastdiff.patching.families.flux import FLUX_ATTENTION
+from fastdiff.patching.families.flux import FLUX_ATTENTION, double, joint_single
 
 _FILE = "diffusers.models.transformers.transformer_chroma"
 
@@ -66,25 +66,10 @@ def double_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``ChromaTransformerBlock.forward``."""
-    site = self._fastdiff_site
-    h, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb[:, :6])
-    text, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(
-        encoder_hidden_states, emb=temb[:, 6:]
-    )
-    outputs = self.attn(
-        hidden_states=h, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb,
+    return double(
+        self, hidden_states, encoder_hidden_states, temb[:, :6], temb[:, 6:], image_rotary_emb=image_rotary_emb,
         attention_mask=_square(attention_mask), **joint_attention_kwargs or {},
     )  # fmt: skip
-    h = gated_feed_forward(
-        site, "image", hidden_states, outputs[0], gate, self.norm2, scale_mlp, shift_mlp, self.ff, gate_mlp
-    )
-    if len(outputs) == 3:  # of an IP-Adapter
-        h = h + outputs[2]
-    text = gated_feed_forward(
-        site, "text", encoder_hidden_states, outputs[1], text_gate, self.norm2_context, text_scale, text_shift,
-        self.ff_context, text_gate_mlp,
-    )  # fmt: skip
-    return clip_half(text), h
 
 
 @guarded()
@@ -97,14 +82,10 @@ def single_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:
     """Replaces ``ChromaSingleTransformerBlock.forward``."""
-    site = self._fastdiff_site
-    h, gate = self.norm(hidden_states, emb=temb)
-    mlp = activated(site, self.act_mlp, self.proj_mlp(h))
-    out = self.attn(
-        hidden_states=h, image_rotary_emb=image_rotary_emb, attention_mask=_square(attention_mask),
+    return joint_single(
+        self, hidden_states, temb, image_rotary_emb=image_rotary_emb, attention_mask=_square(attention_mask),
         **joint_attention_kwargs or {},
     )  # fmt: skip
-    return clip_half(gated(site, "gate", self.proj_out(torch.cat([out, mlp], dim=2)), gate, hidden_states))
 
 
 def example(model: Any) -> dict[str, Any]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor
 
-from fastdiff._attention_backend import DEFAULTS
 from fastdiff.patching.blocks import activated_once
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded, left_row
+from fastdiff.patching.blocks.dispatched import chosen_backend
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block
 from fastdiff.patching.blocks.token_norms import modulated
@@ -95,7 +94,7 @@ def example(model: Any) -> dict[str, Any]:
 
 
 def _why_another_backend() -> str | None:
-    return None if _AttentionBackendRegistry._active_backend in DEFAULTS else "another attention backend is active"
+    return None if chosen_backend() is None else "another attention backend is active"
 
 
 COSMOS = Family(

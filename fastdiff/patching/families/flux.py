@@ -29,6 +29,26 @@ from fastdiff.patching.families._savings import FLUX_TABLES
 _FILE = "diffusers.models.transformers.transformer_flux"
 
 
+def double(
+    block: Any, image: Tensor, text: Tensor, temb: Tensor, text_temb: Tensor, **attention: Any
+) -> tuple[Tensor, Tensor]:
+    """A double block: joint attention, and of each stream the feed-forward; text and image."""
+    site = block._fastdiff_site
+    h, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(image, emb=temb)
+    text_h, text_gate, text_shift, text_scale, text_gate_mlp = block.norm1_context(text, emb=text_temb)
+    outputs = block.attn(hidden_states=h, encoder_hidden_states=text_h, **attention)
+    h = gated_feed_forward(
+        site, "image", image, outputs[0], gate, block.norm2, scale_mlp, shift_mlp, block.ff, gate_mlp
+    )
+    if len(outputs) == 3:  # of an IP-Adapter
+        h = h + outputs[2]
+    text = gated_feed_forward(
+        site, "text", text, outputs[1], text_gate, block.norm2_context, text_scale, text_shift, block.ff_context,
+        text_gate_mlp,
+    )  # fmt: skip
+    return clip_half(text), h
+
+
 @guarded("norm2", "norm2_context")
 def double_block(
     self: Any,
@@ -39,34 +59,31 @@ def double_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``FluxTransformerBlock.forward``."""
-    site = self._fastdiff_site
-    h, gate, shift_mlp, scale_mlp, gate_mlp = self.norm1(hidden_states, emb=temb)
-    text, text_gate, text_shift, text_scale, text_gate_mlp = self.norm1_context(encoder_hidden_states, emb=temb)
-    outputs = self.attn(
-        hidden_states=h, encoder_hidden_states=text, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {}
-    )
-    h = gated_feed_forward(
-        site, "image", hidden_states, outputs[0], gate, self.norm2, scale_mlp, shift_mlp, self.ff, gate_mlp
-    )
-    if len(outputs) == 3:  # of an IP-Adapter
-        h = h + outputs[2]
-    text = gated_feed_forward(
-        site, "text", encoder_hidden_states, outputs[1], text_gate, self.norm2_context, text_scale, text_shift,
-        self.ff_context, text_gate_mlp,
+    return double(
+        self, hidden_states, encoder_hidden_states, temb, temb, image_rotary_emb=image_rotary_emb,
+        **joint_attention_kwargs or {},
     )  # fmt: skip
-    return clip_half(text), h
 
 
-def single(
-    block: Any, feed_forward: Callable[[Tensor], Tensor], image: Tensor, text: Tensor, temb: Tensor, **attention: Any
-) -> tuple[Tensor, Tensor]:
+def gelu(block: Any, h: Tensor) -> Tensor:
+    """A single block's feed-forward as far as its activation."""
+    return activated(block._fastdiff_site, block.act_mlp, block.proj_mlp(h))
+
+
+def joint_single(
+    block: Any, joint: Tensor, temb: Tensor, feed_forward: Callable[[Any, Tensor], Tensor] = gelu, **attention: Any
+) -> Tensor:
     """A single block: attention and ``feed_forward``, as far as their common projection, from one norm."""
-    joint = rejoined(text, image)
     h, gate = block.norm(joint, emb=temb)
-    mlp = feed_forward(h)
+    mlp = feed_forward(block, h)
     out = block.attn(hidden_states=h, **attention)
     out = block.proj_out(torch.cat([out, mlp], dim=2))
-    return halves(clip_half(gated(block._fastdiff_site, "gate", out, gate, joint)), text.shape[1])
+    return clip_half(gated(block._fastdiff_site, "gate", out, gate, joint))
+
+
+def single(block: Any, image: Tensor, text: Tensor, *inputs: Any, **attention: Any) -> tuple[Tensor, Tensor]:
+    """:func:`joint_single` of two streams."""
+    return halves(joint_single(block, rejoined(text, image), *inputs, **attention), text.shape[1])
 
 
 @guarded()
@@ -79,12 +96,8 @@ def single_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``FluxSingleTransformerBlock.forward``."""
-
-    def feed_forward(h: Tensor) -> Tensor:
-        return activated(self._fastdiff_site, self.act_mlp, self.proj_mlp(h))
-
     return single(
-        self, feed_forward, hidden_states, encoder_hidden_states, temb, image_rotary_emb=image_rotary_emb,
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=image_rotary_emb,
         **joint_attention_kwargs or {},
     )  # fmt: skip
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastdiff.patching.blocks import Block
@@ -13,17 +12,15 @@ from fastdiff.patching.blocks.adaln import (
     ADA_LAYER_NORM_ZERO_SINGLE,
     GATES,
     block_row,
-    clip_half,
-    gated,
     guarded,
 )
-from fastdiff.patching.blocks.feed_forward import GELU_TANH, SWIGLU, activated, silu_product
+from fastdiff.patching.blocks.feed_forward import GELU_TANH, SWIGLU, silu_product
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block
 from fastdiff.patching.blocks.transformer import ADA_LAYER_NORM_ZERO
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 from fastdiff.patching.families._savings import rotary_tables
-from fastdiff.patching.families.flux import double_block, single, single_block
+from fastdiff.patching.families.flux import double, double_block, joint_single, single, single_block
 
 _FILES = "diffusers.models.transformers.transformer_"
 
@@ -38,15 +35,15 @@ def gated_single_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Replaces ``OvisImageSingleTransformerBlock.forward``, whose feed-forward has a gate."""
-
-    def feed_forward(h: Tensor) -> Tensor:
-        x, gate = self.proj_mlp(h).chunk(2, dim=-1)
-        return silu_product(self._fastdiff_site, self.act_mlp, gate, x)
-
     return single(
-        self, feed_forward, hidden_states, encoder_hidden_states, temb, image_rotary_emb=image_rotary_emb,
+        self, hidden_states, encoder_hidden_states, temb, _gated_silu, image_rotary_emb=image_rotary_emb,
         **joint_attention_kwargs or {},
     )  # fmt: skip
+
+
+def _gated_silu(block: Any, h: Tensor) -> Tensor:
+    x, gate = block.proj_mlp(h).chunk(2, dim=-1)
+    return silu_product(block._fastdiff_site, block.act_mlp, gate, x)
 
 
 @guarded("norm2", "norm2_context")
@@ -55,7 +52,10 @@ def bria_double_block(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Replaces ``BriaTransformerBlock.forward``."""
-    return double_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs)
+    return double(
+        self, hidden_states, encoder_hidden_states, temb, temb, image_rotary_emb=image_rotary_emb,
+        **attention_kwargs or {},
+    )  # fmt: skip
 
 
 @guarded()
@@ -64,7 +64,9 @@ def bria_single_block(
     attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Replaces ``BriaSingleTransformerBlock.forward``."""
-    return single_block(self, hidden_states, encoder_hidden_states, temb, image_rotary_emb, attention_kwargs)
+    return single(
+        self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=image_rotary_emb, **attention_kwargs or {}
+    )
 
 
 @guarded()
@@ -73,12 +75,9 @@ def fibo_single_block(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> Tensor:  # fmt: skip
     """Replaces ``BriaFiboSingleTransformerBlock.forward``, whose input is text and picture in one sequence already."""
-    site = self._fastdiff_site
-    h, gate = self.norm(hidden_states, emb=temb)
-    mlp = activated(site, self.act_mlp, self.proj_mlp(h))
-    out = self.attn(hidden_states=h, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {})
-    out = self.proj_out(torch.cat([out, mlp], dim=2))
-    return clip_half(gated(site, "gate", out, gate, hidden_states))
+    return joint_single(
+        self, hidden_states, temb, image_rotary_emb=image_rotary_emb, **joint_attention_kwargs or {}
+    )
 
 
 def example(model: Any) -> dict[str, Any]:
