@@ -186,6 +186,14 @@ __device__ __forceinline__ void with_type(void* p, DType dtype, const Body& body
   else body(static_cast<__half*>(p));
 }
 
+// A value of a channel, or `absent`.
+__device__ __forceinline__ float value(const cpu::ChannelValues& v, int64_t b, int64_t c, float absent) {
+  float result = absent;
+  if (v.data)
+    with_type(v.data, v.dtype, [&](auto* p) { result = load_one(p + b * v.batch_stride + c * v.channel_stride); });
+  return result;
+}
+
 // Whether packs can be used: data, and a stride in elements, are multiples of 16 bytes.
 inline bool packable(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 inline bool packable(int64_t stride, DType dtype) { return stride * (dtype == DType::f32 ? 4 : 2) % 16 == 0; }

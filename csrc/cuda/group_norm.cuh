@@ -11,7 +11,6 @@ namespace fastdiff::cuda {
 namespace {
 
 using Args = cpu::GroupNormSiluArgs;
-using cpu::ChannelValues;
 
 constexpr int kBlock = 256;
 constexpr int64_t kChunk = 4096;  // a block's elements at least
@@ -55,13 +54,6 @@ struct Problem {
     return load_one(partial(b, g) + kStored - 1);
   }
 };
-
-__device__ __forceinline__ float value(const ChannelValues& v, int64_t b, int64_t c, float absent) {
-  float result = absent;
-  if (v.data)
-    with_type(v.data, v.dtype, [&](auto* p) { result = load_one(p + b * v.batch_stride + c * v.channel_stride); });
-  return result;
-}
 
 // a + b as a rounded sum and what it lost (Knuth).
 __device__ __forceinline__ float add_exactly(float a, float b, float& lost) {

@@ -10,6 +10,7 @@
 #include "../cpu/gelu_tanh.h"
 #include "../cpu/group_norm_silu.h"
 #include "../cpu/qk_norm_rope.h"
+#include "../cpu/rms_norm_silu.h"
 #include "../cpu/scheduler_step.h"
 #include "../cpu/swiglu.h"
 
@@ -40,6 +41,8 @@ constexpr int64_t kMaxNormed = 16384;
 // The largest group of group_norm_silu, in channels and in elements.
 constexpr int64_t kMaxGroupChannels = 1024;
 constexpr int64_t kMaxGroupElements = int64_t{1} << 31;
+// The most channels of rms_norm_silu: shared memory has a map of each.
+constexpr int64_t kMaxRmsChannels = 4096;
 
 FASTDIFF_CUDA_KERNEL(const char* adaln(const cpu::AdalnArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* attention_bf16(const cpu::AttentionArgs& args, Stream stream))
@@ -50,6 +53,7 @@ FASTDIFF_CUDA_KERNEL(const char* geglu(const cpu::GegluArgs& args, Stream stream
 FASTDIFF_CUDA_KERNEL(const char* gelu_tanh(const cpu::GeluTanhArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* group_norm_silu(const cpu::GroupNormSiluArgs& args, float* workspace, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* qk_norm_rope(const cpu::QkNormRopeArgs& args, Stream stream))
+FASTDIFF_CUDA_KERNEL(const char* rms_norm_silu(const cpu::RmsNormSiluArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* scheduler_step(const cpu::SchedulerStepArgs& args, Stream stream))
 FASTDIFF_CUDA_KERNEL(const char* swiglu(const cpu::SwigluArgs& args, Stream stream))
 

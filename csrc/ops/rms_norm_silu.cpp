@@ -29,10 +29,11 @@ Tensor rms_norm_silu(const Tensor& input, const std::optional<Tensor>& weight, c
                                   .clamp = clamp,
                                   .silu = silu,
                                   .dtype = dtype_of(x, "x")};
-  require(cpu::rms_norm_silu(args), "rms_norm_silu");
+  run("rms_norm_silu", x, [&] { return cpu::rms_norm_silu(args); },
+      [&](cuda::Stream s) { return cuda::rms_norm_silu(args, s); });
   return out;
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastdiff, CPU, m) { m.impl("rms_norm_silu", TORCH_BOX(&rms_norm_silu)); }
+FASTDIFF_REGISTER(m) { m.impl("rms_norm_silu", TORCH_BOX(&rms_norm_silu)); }
 
 }  // namespace fastdiff

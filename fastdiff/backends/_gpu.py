@@ -159,6 +159,19 @@ def refusals(device: str) -> dict[str, Refuse]:
             return f"a group has {x.shape[1] // num_groups} channels, more than 8192"
         return _affine(weight, bias) or reason(x, weight, bias, temb, scale, shift)
 
+    def rms_norm_silu(
+        x: Tensor,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        clamp: bool = False,
+        silu: bool = True,
+    ) -> str | None:
+        return _affine(weight, bias) or reason(x, weight, bias, scale, shift)
+
     def scheduler_step(
         sample: Tensor,
         model_output: Tensor,
@@ -270,6 +283,7 @@ def refusals(device: str) -> dict[str, Refuse]:
         "gelu_tanh": contiguous_only,
         "group_norm_silu": group_norm_silu,
         "qk_norm_rope": qk_norm_rope,
+        "rms_norm_silu": rms_norm_silu,
         "scheduler_step": scheduler_step,
         "swiglu": swiglu,
     }

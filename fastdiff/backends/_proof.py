@@ -23,7 +23,7 @@ from fastdiff.backends import kernels_of, losses
 #: A backend must be this much faster than eager, over all examples of an op.
 MARGIN = 1.03
 #: How many examples there are in each dtype.
-COUNT = 23
+COUNT = 25
 #: Of attention, so many queries are checked: fp64 holds all logits.
 CHECKED = 256
 
@@ -32,7 +32,7 @@ Example = tuple[str, tuple[Any, ...], dict[str, Any]]
 
 
 def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
-    """Calls of every op at sizes of SD1.5, SDXL, DiT-XL/2, SD3.5, Flux and Z-Image."""
+    """Calls of every op at sizes of SD1.5, SDXL, DiT-XL/2, SD3.5, Flux, Z-Image and Wan."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype)
@@ -41,6 +41,9 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         image, weight = random(2, channels, size, size), random(channels)
         for x in (image, image.to(memory_format=torch.channels_last)):
             yield "group_norm_silu", (x, 32, weight, weight), {"temb": random(2, channels)}
+    for channels, size in ((96, 256), (384, 64)):
+        video = random(1, channels, 5, size, size)
+        yield "rms_norm_silu", (video, random(channels), None, 1e-12), {"clamp": True}
     for width in (1152, 3072):
         rows, (gate, scale, shift) = random(2, 4096, width), random(2, 3 * width).chunk(3, 1)
         yield "adaln_modulate", (rows, scale, shift), {}

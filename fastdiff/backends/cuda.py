@@ -25,7 +25,7 @@ from fastdiff.backends.cpu import run_overload
 from fastdiff.backends.losses import first_tensor, is_measured
 
 #: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
-MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 8192, 1024, 2**31
+MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS, MAX_RMS_CHANNELS = 8192, 1024, 2**31, 4096
 
 
 def why_not() -> str | None:
@@ -90,6 +90,10 @@ def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> s
     return None
 
 
+def _too_many_channels(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return f"there are {x.shape[1]} channels, more than {MAX_RMS_CHANNELS}" if x.shape[1] > MAX_RMS_CHANNELS else None
+
+
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
     keys = k.shape[1]
     if attn_mask is not None and (attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1)):
@@ -113,6 +117,7 @@ _LIMITS: dict[str, Refuse] = {
     "gate_residual_adaln": _row_too_long,
     "group_norm_silu": _group_too_large,
     "qk_norm_rope": _qk_norm_rope,
+    "rms_norm_silu": _too_many_channels,
 }
 #: The ops that have a CUDA kernel.
 OPS = (
@@ -125,6 +130,7 @@ OPS = (
     "gelu_tanh",
     "group_norm_silu",
     "qk_norm_rope",
+    "rms_norm_silu",
     "scheduler_step",
     "swiglu",
 )

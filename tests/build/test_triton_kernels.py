@@ -26,6 +26,8 @@ SOME = (
     "group_norm_silu NCHW 320 64 all",
     "group_norm_silu NHWC 320 64",
     "group_norm_silu one group",
+    "rms_norm_silu NCHW 384",
+    "rms_norm_silu NHWC 2048",
     "adaln_modulate 1152",
     "adaln_modulate 9000",
     "gate_residual_adaln 3072",

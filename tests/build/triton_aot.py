@@ -165,6 +165,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         gelu_tanh,
         group_norm_silu,
         qk_norm_rope,
+        rms_norm_silu,
         scheduler_step,
         swiglu,
     )
@@ -191,6 +192,13 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
             found[key + " tokens"] = lambda x=x, w=w: group_norm_silu.run(x, 32, w, w, silu=False, tokens=True)
     found["group_norm_silu one group"] = lambda: group_norm_silu.run(t(2, 768, 60, 60), 1, t(768), t(768))
     found["group_norm_silu odd"] = lambda: group_norm_silu.run(t(2, 320, 45, 45), 32, t(320), t(320))
+    for c in (96, 384, 1024, 2048):
+        for layout in (t, last):
+            x, w = layout(1, c, 64, 64), t(c)
+            key = f"rms_norm_silu {'NCHW' if layout is t else 'NHWC'} {c}"
+            found[key] = lambda x=x, w=w: rms_norm_silu.run(x, w, w, 1e-12, clamp=True)
+    x, m = t(1, 512, 45, 45), t(1, 1024).chunk(2, 1)
+    found["rms_norm_silu odd"] = lambda x=x, m=m: rms_norm_silu.run(x, scale=m[0], shift=m[1])
     for d in (64, 320, 640, 1152, 1536, 3072, 8192, 9000):
         x, per_sample, per_token = t(2, 1024, d), t(2, 6 * d).chunk(6, 1), t(2, 1024, 2 * d).chunk(2, 2)
         found[f"adaln_modulate {d}"] = lambda x=x, m=per_sample: adaln_modulate.run(x, m[0], m[1])

@@ -22,6 +22,7 @@ FILES = {
     "gelu_tanh": "gelu",
     "group_norm_silu": "group_norm_silu",
     "qk_norm_rope": "qk_norm_rope",
+    "rms_norm_silu": "rms_norm_silu",
     "scheduler_step": "scheduler_step",
     "swiglu": "swiglu",
 }

@@ -27,6 +27,7 @@ NUMBERS = (
     "gelu",
     "group_norm_silu",
     "qk_norm_rope",
+    "rms_norm_silu",
     "scheduler_step",
     "swiglu",
 )

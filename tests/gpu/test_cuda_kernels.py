@@ -55,6 +55,7 @@ CALLS: dict[str, Callable[[str, int], tuple[Any, ...]]] = {
         randn(128, device=d), None, None, table(n + 16, 128, d), None,
         *(randn(1, 16, 24, 128, device=d) for _ in range(2)),
     ),
+    "rms_norm_silu": lambda d, n: (randn(1, 96, 3, n, device=d), randn(96, device=d)),
     "scheduler_step": lambda d, n: (
         randn(2, 4, 16, n, dtype=torch.float32, device=d), randn(2, 4, 16, n, device=d),
         [randn(2, 4, 16, n, device=d)], None, [0.9, -0.1, 0.3, 0.0, 0.2], [1.1, -0.4],

@@ -121,6 +121,7 @@ def _calls() -> dict[str, Callable[[], Any]]:
         gelu_tanh,
         group_norm_silu,
         qk_norm_rope,
+        rms_norm_silu,
         scheduler_step,
         swiglu,
     )
@@ -136,6 +137,7 @@ def _calls() -> dict[str, Callable[[], Any]]:
         "gate_residual": lambda: gate_residual.run(x, m[2], x),
         "gate_residual_adaln": lambda: gate_residual_adaln.run(x, m[2], x, m[3], m[4]),
         "group_norm_silu": lambda: group_norm_silu.run(image, 32, w, w),
+        "rms_norm_silu": lambda: rms_norm_silu.run(image, w),
         "geglu": lambda: geglu.run(x),
         "swiglu": lambda: swiglu.run(x, x),
         "qk_norm_rope": lambda: qk_norm_rope.run(q, q, norm, norm, None, None, table, table),

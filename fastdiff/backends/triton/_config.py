@@ -38,6 +38,7 @@ DEFAULT: dict[str, Config] = {
     "qk_norm_rope": {"elements": 1024},
     # pixels: how many a tile holds; once: up to how many per sample go in one launch
     "group_norm": {"pixels": 64, "warps": 8, "waves": 2, "once": 512},
+    "rms_norm": {"elements": 8192, "warps": 8},
     "attention": {"m": 128, "n": 64, "warps": 8, "stages": 2},
     "attention/32": {"m": 128, "n": 64, "warps": 4, "stages": 2},
     "attention/64": {"m": 128, "n": 64, "warps": 8, "stages": 2},
@@ -74,6 +75,7 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
         "rows": {"elements": 4096, "warps": 4, "waves": 1},
         "group_norm": {"pixels": 64, "warps": 8, "waves": 1, "once": 64},
         "qk_norm_rope": {"elements": 16384},
+        "rms_norm": {"elements": 32768, "warps": 4},
         "attention": {"m": 256, "n": 256, "warps": 4, "stages": 1},
         "short_attention": _SHORT | {"m": 256, "n": 128, "waves": 1},
     },

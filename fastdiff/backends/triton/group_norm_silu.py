@@ -15,32 +15,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from fastdiff.backends.triton import _math
+from fastdiff.backends.triton import _math, _pixels
 from fastdiff.backends.triton._config import config
 from fastdiff.backends.triton._launch import WIDE, aligned, cdiv, fp32, i32, i64, kernel, power_of_2, processors
 from fastdiff.ops.group_norm_silu import is_channels_last
 
 #: Channels of a tile; a single group with more has a tile as wide as it needs.
 CHANNELS = 64
-
-
-@_math.device
-def _vector(pointer, stride, channel, inside):
-    """A parameter for a tile's channels, or None."""
-    value = None
-    if pointer is not None:
-        value = tl.load(pointer + channel * stride, inside, other=0.0).to(tl.float32)
-    return value
-
-
-@_math.device
-def _pointers(base, pixel, channel, pixels, channels, LAST: tl.constexpr):
-    """A tile's addresses in (channel, pixel) order, or with channels last."""
-    if LAST:
-        offset = pixel[:, None].to(tl.int64) * channels + channel[None, :]
-    else:
-        offset = channel[None, :].to(tl.int64) * pixels + pixel[:, None]
-    return base + offset
 
 
 @_math.device
@@ -64,7 +45,7 @@ def _moments(
     for start in range(begin, end, PIXELS):  # Welford's recurrence in every lane
         pixel = start + tl.arange(0, PIXELS)
         valid = (pixel < end)[:, None] & inside[None, :]
-        value = tl.load(_pointers(x, pixel, channel, pixels, channels, LAST), valid, other=0.0).to(tl.float32)
+        value = tl.load(x + _pixels.offsets(pixel, channel, pixels, channels, LAST), valid, other=0.0).to(tl.float32)
         value -= pivot[None, :]
         if temb is not None:
             value += temb[None, :]
@@ -115,7 +96,7 @@ def _partial(
     group = channel // per_group
     shift = temb
     if temb is not None:
-        shift = _vector(temb + sample * temb_b, temb_c, channel, inside)
+        shift = _pixels.vector(temb + sample * temb_b, temb_c, channel, inside)
     pivot = _pivot(x + sample * batch_stride * VEC, group, per_group, pixels, inside, LAST)
     begin = split * turns * PIXELS
     end = tl.minimum(begin + turns * PIXELS, pixels)
@@ -161,7 +142,7 @@ def _apply(
     x += sample * batch_stride * VEC
     added = temb
     if temb is not None:
-        added = _vector(temb + sample * temb_b, temb_c, channel, inside)
+        added = _pixels.vector(temb + sample * temb_b, temb_c, channel, inside)
     pivot = _pivot(x, group, per_group, pixels, inside, LAST)
     if partials is None:
         mean, m2 = _moments(
@@ -190,29 +171,29 @@ def _apply(
         factor = tl.broadcast_to(factor, [WIDTH])
     term = tl.zeros([WIDTH], tl.float32)
     if weight is not None:
-        factor *= _vector(weight, 1, channel, inside)
+        factor *= _pixels.vector(weight, 1, channel, inside)
     if bias is not None:
-        term = _vector(bias, 1, channel, inside)
+        term = _pixels.vector(bias, 1, channel, inside)
     if scale is not None:
-        scales = 1.0 + _vector(scale + sample * scale_b, scale_c, channel, inside)
+        scales = 1.0 + _pixels.vector(scale + sample * scale_b, scale_c, channel, inside)
         factor *= scales
         term *= scales
     if shift is not None:
-        term += _vector(shift + sample * shift_b, shift_c, channel, inside)
+        term += _pixels.vector(shift + sample * shift_b, shift_c, channel, inside)
     out += sample * pixels * channels
     begin = split * turns * PIXELS
     end = tl.minimum(begin + turns * PIXELS, pixels)
     for start in range(begin, end, PIXELS):
         pixel = start + tl.arange(0, PIXELS)
         valid = (pixel < end)[:, None] & inside[None, :]
-        value = tl.load(_pointers(x, pixel, channel, pixels, channels, LAST), valid, other=0.0).to(tl.float32)
+        value = tl.load(x + _pixels.offsets(pixel, channel, pixels, channels, LAST), valid, other=0.0).to(tl.float32)
         value -= pivot[None, :]
         if temb is not None:
             value += added[None, :]
         value = (value - mean[None, :]) * factor[None, :] + term[None, :]
         if SILU:
             value = _math.silu(value)
-        target = _pointers(out, pixel, channel, pixels, channels, OUT_LAST)
+        target = out + _pixels.offsets(pixel, channel, pixels, channels, OUT_LAST)
         _math.store(target, value, valid)
 
 
@@ -333,11 +314,7 @@ def _launch(
     partials = None
     if plan.splits > 1:
         partials = torch.empty(batch * groups * plan.splits * 2, dtype=torch.float32, device=x.device)
-        _partial.launch(grid, (x, temb, partials), (*sizes, *_strides(temb)), constants, warps=warps)
-    scalars = (*sizes, *_strides(temb), *_strides(scale), *_strides(shift), eps)
+        _partial.launch(grid, (x, temb, partials), (*sizes, *_pixels.strides(temb)), constants, warps=warps)
+    scalars = (*sizes, *_pixels.strides(temb), *_pixels.strides(scale), *_pixels.strides(shift), eps)
     tensors = (x, weight, bias, temb, scale, shift, partials, out)
     _apply.launch(grid, tensors, scalars, (*constants, out_last, silu), warps=warps)
-
-
-def _strides(t: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if t is None else (t.stride(0), t.stride(1))

@@ -49,7 +49,7 @@ def tasks(device: torch.device) -> Iterator[Task]:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
-    from fastdiff.backends.triton import adaln_modulate, attention, gelu_tanh, group_norm_silu
+    from fastdiff.backends.triton import adaln_modulate, attention, gelu_tanh, group_norm_silu, rms_norm_silu
 
     x = random(2, 4096, 5120)
     yield Task("elementwise", {"block": (1024, 2048, 4096), "warps": (4, 8)}, lambda: gelu_tanh.run(x))
@@ -61,6 +61,9 @@ def tasks(device: torch.device) -> Iterator[Task]:
     image, weight = random(2, 320, 128, 128), random(320)
     choices = {"pixels": (32, 64, 128), "warps": (4, 8), "waves": (1, 2, 4)}
     yield Task("group_norm", choices, lambda: group_norm_silu.run(image, 32, weight, weight))
+    video, weight = random(1, 192, 5, 240, 416), random(192)
+    choices = {"elements": (4096, 8192, 16384), "warps": (4, 8)}
+    yield Task("rms_norm", choices, lambda: rms_norm_silu.run(video, weight, clamp=True))
     for depth in (40, 64, 128, 256, 512):
         q = random(1, 4096, 8 if depth < 512 else 1, depth)
         choices = {"m": (64, 128), "n": (32, 64, 128), "warps": (4, 8), "stages": (1, 2, 3)}
