@@ -102,22 +102,29 @@ def cold_start(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
     return lines("|".join(columns), (c for row in rows for c in of_row(row)), 3 + len(runs))
 
 
+def _has_tensors(row: Entry) -> bool:
+    return any("tensors" in found for found in row["extra"]["bytes"].values())
+
+
 def memory(rows: list[Entry], run: Callable[[Entry], list[str]]) -> str:
     """Peak memory above the weights, and its ratio to eager's."""
     sides = list(dict.fromkeys(side for row in rows for side in row["extra"]["bytes"]))
 
+    def size(found: dict[str, dict[str, int]], side: str, what: str) -> str:
+        if what not in found.get(side, ()):  # of all memory alone, in older rows
+            return ""
+        text, share = f"{found[side][what] / MIB:.0f}", found[side][what] / max(found["eager"][what], 1)
+        return text if side == "eager" else f"{text} ({f'**{share:.2f}**' if share > 1.005 else f'{share:.2f}'})"
+
     def cells(row: Entry) -> list[str]:
         found = row["extra"]["bytes"]
-        peaks = []
-        for side in sides:
-            share = found[side]["peak"] / max(found["eager"]["peak"], 1) if side in found else 0.0
-            text = f"{found[side]['peak'] / MIB:.0f}" if side in found else ""
-            peaks.append(f"{text} ({f'**{share:.2f}**' if share > 1 else f'{share:.2f}'})" if text and side != "eager"
-                         else text)  # fmt: skip
-        return [row["name"], row["dtype"], row["allocator"], *run(row), f"{row['extra']['weights'] / MIB:.0f}", *peaks]
+        sizes = (size(found, side, what) for side in sides for what in kinds)
+        return [row["name"], row["dtype"], row["allocator"], *run(row), f"{row['extra']['weights'] / MIB:.0f}", *sizes]
 
+    kinds = {"peak": "", "tensors": ", its tensors"} if any(_has_tensors(row) for row in rows) else {"peak": ""}
     runs = ["run"] * len(run(rows[0]))
-    columns = ["model", "dtype", "allocator", *runs, "weights MiB", *(f"{side} MiB" for side in sides)]
+    columns = ["model", "dtype", "allocator", *runs, "weights MiB",
+               *(f"{side}{kind} MiB" for side in sides for kind in kinds.values())]  # fmt: skip
     return lines("|".join(columns), map(cells, rows), 3 + len(runs))
 
 

@@ -4,15 +4,19 @@
 
 On a GPU the peak is ``torch.cuda.max_memory_allocated``, on a CPU the process's largest resident set (``VmHWM``, reset
 once the model is built), both over two forwards after a first one, and without the weights, which are shown besides.
+The resident set has what malloc keeps and what huge pages round up, so on a CPU the tensors are counted too: the most
+bytes that PyTorch's allocator had given out at once, in one more forward.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import resource
 import statistics
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,7 @@ from _results import Row
 from _runner import Job, Store, add_options, patched_sides, prepare, run_section, wanted
 from model_cases import cases, compiled_parts, named, parts_of
 from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
 
 import fastdiff
 
@@ -65,6 +70,15 @@ class Peak:
         return (_status("VmHWM") if self.procfs else self._largest()) - self.base
 
 
+def largest_live(call: Callable[[], Any]) -> int:
+    """The most bytes of tensors on the CPU that a call has at once, above those that were there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call()
+    assert recorded.profiler is not None and recorded.profiler.kineto_results is not None
+    changes = (e.nbytes() for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]")
+    return max(itertools.accumulate(changes, initial=0))
+
+
 def child(options: argparse.Namespace) -> dict[str, int]:
     """Weights and peak of one provider."""
     if options.threads:
@@ -86,7 +100,9 @@ def child(options: argparse.Namespace) -> dict[str, int]:
         again = Peak(options.device)
         for _ in range(2):
             case.call(model, **inputs)
-        return {"weights": weights, "first": first, "peak": again.bytes() + max(again.base - whole.base, 0)}
+        peak = again.bytes() + max(again.base - whole.base, 0)
+        live = peak if options.device == "cuda" else largest_live(partial(case.call, model, **inputs))
+        return {"weights": weights, "first": first, "peak": peak, "tensors": live}
 
 
 def measure(name: str, dtype: str, options: argparse.Namespace) -> Row:
@@ -107,7 +123,7 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> Row:
                 absent[side] = str(error)
                 samples.pop(side, None)
     peaks = {
-        side: {what: int(statistics.median(s[what] for s in found)) for what in ("peak", "first")}
+        side: {what: int(statistics.median(s[what] for s in found)) for what in ("peak", "first", "tensors")}
         for side, found in samples.items()
     }
     if "eager" not in peaks:
@@ -119,13 +135,15 @@ def measure(name: str, dtype: str, options: argparse.Namespace) -> Row:
 def show(rows: list[Row]) -> Table:
     """MiB, and the ratio to eager's."""
     table = Table(title="peak memory above the weights, MiB")
-    for column in ("model", "dtype", "weights", "side", "peak", "of eager's", "peak of the first forward"):
+    for column in ("model", "dtype", "weights", "side", "peak", "of eager's", "tensors", "of eager's", "first forward"):
         table.add_column(column, justify="left" if column in ("model", "dtype", "side") else "right")
     for row in rows:
+        eager = row.extra["bytes"]["eager"]
         for side, found in row.extra["bytes"].items():
-            share = found["peak"] / max(row.extra["bytes"]["eager"]["peak"], 1)
-            table.add_row(row.name, row.dtype, f"{row.extra['weights'] / MIB:.0f}", side, f"{found['peak'] / MIB:.0f}",
-                          f"{share:.2f}", f"{found['first'] / MIB:.0f}")  # fmt: skip
+            sizes = [text for what in ("peak", "tensors") for text in (f"{found[what] / MIB:.0f}",
+                     f"{found[what] / max(eager[what], 1):.2f}")]  # fmt: skip
+            table.add_row(row.name, row.dtype, f"{row.extra['weights'] / MIB:.0f}", side, *sizes,
+                          f"{found['first'] / MIB:.0f}")  # fmt: skip
     return table
 
 

@@ -146,7 +146,7 @@ def made_up_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         given = dict(zip(arguments[::2], arguments[1::2], strict=False))
         measured.append(f"{name} {given['--side']}")
         if name == "memory.py":
-            return {"weights": 1 << 20, "first": 3 << 20, "peak": 2 << 20}
+            return {"weights": 1 << 20, "first": 3 << 20, "peak": 2 << 20, "tensors": 1 << 20}
         return {"seconds": dict.fromkeys(cold_start.PHASES, 0.25), "pictures": [[0.5, 0.1]]}
 
     monkeypatch.setattr(_children, "run_child", run_child)

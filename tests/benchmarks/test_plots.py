@@ -38,7 +38,7 @@ def fill(path: Path, where: dict[str, Any], *providers: str) -> None:
     phases = {side: {p: [1.0 + index, 0.9, 1.1] for index, p in enumerate(cold_start.PHASES)} for side in sides}
     extra = {"phases": phases, "targets": cold_start.gpu_targets("cuda" if where["gpu"] else "cpu")}
     save("cold start", [Row("a pipeline", "bf16", "stock", timings(), extra=extra)], path, where)
-    peaks = {side: {"peak": 3 << 20, "first": 4 << 20} for side in sides}
+    peaks = {side: {"peak": 3 << 20, "first": 4 << 20, "tensors": 2 << 20} for side in sides}
     save("memory", [Row("a model", "bf16", "stock", [], extra={"weights": 1 << 30, "bytes": peaks})], path, where)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -289,7 +290,7 @@ def test_memory_of_all_sides(tiny_unet: model_cases.ModelCase, monkeypatch: pyte
     weights = 2 * sum(p.numel() for p in tiny_unet.make("cpu", torch.bfloat16)[0].parameters())
     for side in ("eager", "fastdiff", "fastdiff, packed weights"):
         found = memory.child(argparse.Namespace(side=side, **given))
-        assert found["weights"] == weights and found["peak"] >= 0 and found["first"] >= 0
+        assert found["weights"] == weights and found["peak"] >= 0 and found["first"] >= 0 and found["tensors"] > 0
 
 
 def test_sides_are_options_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,9 +317,20 @@ def test_sides_are_options_of_patch(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no procfs")
 def test_peak_is_of_the_largest_moment() -> None:
     peak = memory.Peak("cpu")
-    block = torch.ones(64 << 18)  # 64 MiB
-    del block
+    with mmap.mmap(-1, 64 << 20) as block:  # malloc might give back what is resident already
+        block.write(b"1" * len(block))
     assert peak.bytes() >= 60 << 20
+
+
+def test_tensors_are_counted_at_the_largest_moment() -> None:
+    def call() -> None:
+        block = torch.ones(64 << 18)  # 64 MiB
+        block = block[:1].clone()
+        torch.ones(32 << 18), block
+
+    kept = torch.ones(16 << 18)
+    assert 64 << 20 <= memory.largest_live(call) < 65 << 20
+    assert kept.nbytes <= memory.largest_live(lambda: kept.add(1)) < kept.nbytes + (1 << 20)
 
 
 def test_cold_start_of_a_child() -> None:
