@@ -36,7 +36,7 @@ DIFFUSERS_MIN ?= 0.38.0
 
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check --no-input
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*/*)
+SOURCES := setup.py pyproject.toml $(foreach end,py cpp h cu cuh,$(wildcard csrc/*.$(end) csrc/*/*.$(end)))
 # One thread per worker: the workers fill the cores, and one that has nothing left takes tests over from another. Many
 # tests start Python, whose bytecode is kept even where the environment says not to.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist worksteal --disable-warnings \
