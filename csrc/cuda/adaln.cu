@@ -73,15 +73,15 @@ struct Gated {
 // Where a row of what modulates lies, and of the result.
 struct Modulation {
   const cpu::AdalnArgs& args;
-  int64_t weight, bias, scale, shift, out;
+  int64_t row, weight, bias, scale, shift;
 
   __device__ __forceinline__ Modulation(const cpu::AdalnArgs& args, const Place& place)
       : args(args),
+        row(place.row),
         weight(place.of(args.weight)),
         bias(place.of(args.bias)),
         scale(place.of(args.scale)),
-        shift(place.of(args.shift)),
-        out(place.row * args.columns) {}
+        shift(place.of(args.shift)) {}
 
   // Of normalised values from column c on.
   template <int width>
@@ -90,21 +90,21 @@ struct Modulation {
     apply(args.bias.data, args.bias.dtype, bias + c, v, [](float a, float b) { return a + b; });
     apply(args.scale.data, args.scale.dtype, scale + c, v, [](float a, float b) { return a * (1.0f + b); });
     apply(args.shift.data, args.shift.dtype, shift + c, v, [](float a, float b) { return a + b; });
-    with_type(args.out, args.out_dtype, [&](auto* to) { store(to + out + c, v); });
+    with_type(args.out, args.out_dtype, [&](auto* to) { store(to + row * args.columns + c, v); });
   }
 };
 
 template <class T, int width>
-__global__ void __launch_bounds__(kMaxThreads<width>)
+__global__ void __launch_bounds__(kMaxThreads<width>, 1)  // 1: else ptxas spills for occupancy
     adaln_kernel(const __grid_constant__ cpu::AdalnArgs args, int64_t rows, int axes) {
   constexpr int kPacks = kHeld<width> / width;
   FASTDIFF_SHARED(float[2][2 * kMaxThreads<width> / kWarp], scratch);
   const int warps = blockDim.x / kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t columns = row < rows ? args.columns : 0;  // threads without a row still meet the barriers
+  const int columns = row < rows ? static_cast<int>(args.columns) : 0;  // threads without a row still meet the barriers
   const Place place(args, row < rows ? row : 0, axes);
   const Gated<T> gated(args, place);
-  const auto column = [&](int pack) { return (pack * static_cast<int64_t>(blockDim.x) + threadIdx.x) * width; };
+  const auto column = [&](int pack) { return static_cast<int>(pack * blockDim.x + threadIdx.x) * width; };
 
   float v[kPacks][width];
 #pragma unroll
