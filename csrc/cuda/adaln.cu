@@ -229,6 +229,7 @@ bool rows_packable(const Rows& rows) {
 }  // namespace
 
 const char* adaln(const cpu::AdalnArgs& args, Stream stream) {
+  if (args.out2) return "adaln_modulate_dual has no CUDA kernel";
   int64_t rows = 1;
   int axes = 1;
   for (int axis = 0; axis < Rows::kAxes; ++axis) {
