@@ -109,18 +109,22 @@ def rms_norm(of: str, shape: tuple[int, ...]) -> Case:
     return Case("rms_norm_silu", name, of, make, eager, ours, values=torch.Size(shape).numel())
 
 
-def modulate(of: str, shape: tuple[int, int, int], **targets: float) -> Case:
-    """LayerNorm and modulation, the modulation being slices of one projection."""
+def modulate(of: str, shape: tuple[int, int, int], count: int = 1, **targets: float) -> Case:
+    """LayerNorm and one modulation or two, the modulations being slices of one projection."""
     batch, _, width = shape
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        return _randn(dtype, *shape), *_randn(dtype, batch, 2 * width).chunk(2, dim=1)
+        return _randn(dtype, *shape), *_randn(dtype, batch, 2 * count * width).chunk(2 * count, dim=1)
 
-    def eager(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        return F.layer_norm(x, (width,), eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    def eager(x: Tensor, *modulations: Tensor) -> Any:
+        y = F.layer_norm(x, (width,), eps=1e-6)
+        pairs = zip(modulations[::2], modulations[1::2], strict=True)
+        results = tuple(y * (1 + scale[:, None]) + shift[:, None] for scale, shift in pairs)
+        return results if count > 1 else results[0]
 
-    ours = partial(ops.adaln_modulate, eps=1e-6)
-    return Case("adaln_modulate", f"LayerNorm + modulate {list(shape)}", of, make, eager, ours, targets,
+    op = "adaln_modulate_dual" if count > 1 else "adaln_modulate"
+    name = f"LayerNorm + {'two modulations' if count > 1 else 'modulate'} {list(shape)}"
+    return Case(op, name, of, make, eager, partial(getattr(ops, op), eps=1e-6), targets,
                 values=torch.Size(shape).numel())  # fmt: skip
 
 
@@ -247,6 +251,8 @@ def cases() -> Iterator[Case]:
     yield modulate(sd3, (1, 4096, 1536), fp32=4.0, bf16=3.0)
     yield modulate(f"{dit} 256", (2, 256, 1152))
     yield modulate(sd3, (2, 4096, 1536))
+    yield modulate(f"{sd3} 512, dual attention", (2, 1024, 1536), count=2)
+    yield modulate(f"{sd3}, dual attention", (2, 4096, 1536), count=2)
     yield modulate("SD3.5 large", (2, 4096, 2432))
     yield modulate(f"{flux}, single blocks", (1, 4608, 3072))
     yield modulate(wan, (1, 32760, 1536))

@@ -1,4 +1,4 @@
-// adaln_modulate, gate_residual and gate_residual_adaln: one row kernel
+// adaln_modulate, adaln_modulate_dual, gate_residual and gate_residual_adaln: one row kernel
 //
 // A row (a few KB) stays in L1 over the two or three passes of its norm, so each tensor is read and written once.
 // What modulates is brought to fp32 once per distinct row: per sample, that is once per sample and thread.
@@ -15,7 +15,7 @@ namespace {
 struct Scratch {
   explicit Scratch(int64_t columns)
       : pitch((columns + 15) / 16 * 16),
-        data(static_cast<float*>(::operator new(4 * pitch * sizeof(float), std::align_val_t(64)))) {}
+        data(static_cast<float*>(::operator new(6 * pitch * sizeof(float), std::align_val_t(64)))) {}
   ~Scratch() { ::operator delete(data, std::align_val_t(64)); }
   Scratch(const Scratch&) = delete;
   float* row(int i) const { return data + i * pitch; }
@@ -70,10 +70,11 @@ void combine(const void* row, DType dtype, float* out, int64_t n, const Body& bo
 // The affine map after the norm, a * n + b with a = weight (1 + scale), b = bias (1 + scale) + shift, in fp32.
 class Affine {
  public:
-  Affine(const AdalnArgs& args, float* a, float* b) : args_(args), a_(a), b_(b) {}
+  Affine(const AdalnArgs& args, const Rows& scale, const Rows& shift, float* a, float* b)
+      : a(a), b(b), args_(args), scale_rows_(scale), shift_rows_(shift) {}
   void at(const Position& position) {
-    const void* scale = position.of(args_.scale);
-    const void* shift = position.of(args_.shift);
+    const void* scale = position.of(scale_rows_);
+    const void* shift = position.of(shift_rows_);
     if (ready_ && scale == scale_ && shift == shift_) return;
     ready_ = true, scale_ = scale, shift_ = shift;
     const int64_t n = args_.columns;
@@ -81,19 +82,21 @@ class Affine {
       if (rows.data) return widen(rows.data, rows.dtype, out, n);
       for (int64_t i = 0; i < n; ++i) out[i] = otherwise;
     };
-    set(args_.weight, a_, 1.0f);
-    set(args_.bias, b_, 0.0f);
+    set(args_.weight, a, 1.0f);
+    set(args_.bias, b, 0.0f);
     if (scale) {
       const auto times = [](Vec value, Vec s) { return fma(value, s, value); };
-      combine(scale, args_.scale.dtype, a_, n, times);
-      if (args_.bias.data) combine(scale, args_.scale.dtype, b_, n, times);
+      combine(scale, scale_rows_.dtype, a, n, times);
+      if (args_.bias.data) combine(scale, scale_rows_.dtype, b, n, times);
     }
-    if (shift) combine(shift, args_.shift.dtype, b_, n, [](Vec value, Vec s) { return value + s; });
+    if (shift) combine(shift, shift_rows_.dtype, b, n, [](Vec value, Vec s) { return value + s; });
   }
+
+  float *const a, *const b;
 
  private:
   const AdalnArgs& args_;
-  float *a_, *b_;
+  const Rows &scale_rows_, &shift_rows_;
   bool ready_ = false;
   const void *scale_ = nullptr, *shift_ = nullptr;
 };
@@ -118,26 +121,34 @@ struct Next {
   }
 };
 
-// out = norm(x) * a + b
+// out = norm(x) * a + b; with `out2`, also out2 = norm(x) * a2 + b2
 template <bool rms, class S, class X, class T>
-void norm_row(const S* x, Next<X> next, const float* a, const float* b, T* out, int64_t n, float eps, bool past) {
+void norm_row(const S* x, Next<X> next, const Affine& affine, T* out, const Affine& affine2, T* out2, int64_t n,
+              float eps, bool past) {
   const RowNorm norm = measure_row<rms>(x, n, eps);
   const Vec shift(norm.centre), factor(norm.factor), offset(norm.offset);
+  const float *a = affine.a, *b = affine.b, *a2 = affine2.a, *b2 = affine2.b;
   const bool ahead = prefetch_pays<X>();
-  for_each_vec(n, [&](int64_t i, int, auto lanes) {
-    if (ahead) next.fetch(i);
-    Vec d = load(x + i, lanes);
-    if constexpr (!rms) d = d - shift;
-    write(out + i, fma(fma(d, factor, offset), load(a + i, lanes), load(b + i, lanes)), lanes, past);
-  });
+  const auto modulate = [&]<bool both>() {
+    for_each_vec(n, [&](int64_t i, int, auto lanes) {
+      if (ahead) next.fetch(i);
+      Vec d = load(x + i, lanes);
+      if constexpr (!rms) d = d - shift;
+      d = fma(d, factor, offset);
+      write(out + i, fma(d, load(a + i, lanes), load(b + i, lanes)), lanes, past);
+      if constexpr (both) write(out2 + i, fma(d, load(a2 + i, lanes), load(b2 + i, lanes)), lanes, past);
+    });
+  };
+  out2 ? modulate.template operator()<true>() : modulate.template operator()<false>();
 }
 
 template <class T>
 void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
   const int64_t n = args.columns;
   const Scratch scratch(n);
-  float *wide = scratch.row(0), *a = scratch.row(1), *b = scratch.row(2), *gate_copy = scratch.row(3);
-  Affine affine(args, a, b);
+  float *wide = scratch.row(0), *gate_copy = scratch.row(1);
+  Affine affine(args, args.scale, args.shift, scratch.row(2), scratch.row(3));
+  Affine affine2(args, args.scale2, args.shift2, scratch.row(4), scratch.row(5));
   const void* last_gate = nullptr;
   Position position(args.size, begin);
   for (int64_t row = begin; row < end; ++row, position.advance()) {
@@ -151,14 +162,17 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
     }
     if (!args.out) continue;
     affine.at(position);
+    if (args.out2) affine2.at(position);
     const Next<T> next{x + n, residual ? residual + n : nullptr};
     dispatch(args.out_dtype, [&](auto tag) {
-      auto* out = static_cast<decltype(tag)*>(args.out) + row * n;
+      using Out = decltype(tag);
+      Out* out = static_cast<Out*>(args.out) + row * n;
+      Out* out2 = args.out2 ? static_cast<Out*>(args.out2) + row * n : nullptr;
       const auto normalize = [&]<bool rms>() {
         if (gated)
-          norm_row<rms>(wide, next, a, b, out, n, args.eps, past);
+          norm_row<rms>(wide, next, affine, out, affine2, out2, n, args.eps, past);
         else
-          norm_row<rms>(x, next, a, b, out, n, args.eps, past);
+          norm_row<rms>(x, next, affine, out, affine2, out2, n, args.eps, past);
       };
       args.rms ? normalize.template operator()<true>() : normalize.template operator()<false>();
     });
@@ -170,9 +184,12 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
 void adaln(const AdalnArgs& args) {
   const int64_t count = args.size[0] * args.size[1] * args.size[2] * args.size[3];
   if (args.columns == 0) return;
-  bool past = false;  // of the result that nothing here reads
+  bool past = false;  // of the results that nothing here reads
   dispatch(args.out ? args.out_dtype : args.x.dtype, [&](auto tag) {
-    past = streams(static_cast<const decltype(tag)*>(args.out ? args.out : args.y), count * args.columns, args.columns);
+    const auto streamable = [&](const void* result) {
+      return streams(static_cast<const decltype(tag)*>(result), count * args.columns, args.columns);
+    };
+    past = streamable(args.out ? args.out : args.y) && (!args.out2 || streamable(args.out2));
   });
   dispatch(args.x.dtype, [&](auto tag) {
     parallel_for(0, count, 8192 / args.columns + 1, [&](int64_t begin, int64_t end) {

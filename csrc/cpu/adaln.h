@@ -12,7 +12,8 @@ struct Rows {
   int64_t stride[kAxes] = {};  // of the leading axes, in elements; 0 where broadcast
 };
 
-// With a gate, y = residual + gate * x, else y = x. With `out`, out = norm(y) * (1 + scale) + shift.
+// With a gate, y = residual + gate * x, else y = x. With `out`, out = norm(y) * (1 + scale) + shift; with `out2`, also
+// out2 = norm(y) * (1 + scale2) + shift2.
 struct AdalnArgs {
   int64_t size[Rows::kAxes];  // x's leading axes
   int64_t columns;            // D
@@ -22,6 +23,8 @@ struct AdalnArgs {
   Rows scale, shift;
   Rows weight, bias;
   void* out = nullptr;  // contiguous
+  Rows scale2, shift2;
+  void* out2 = nullptr;  // contiguous, of out's dtype; only with out
   DType out_dtype = DType::f32;
   float eps = 0;
   bool rms = false;

@@ -1,7 +1,7 @@
 // y = residual + gate * x and out = norm(y) * (1 + scale) + shift, or either alone
 //
 // A row, of whole packs or one element at a time, is held in the registers of the warps that share it. The mean's rounding
-// error is measured with the variance and taken out of both.
+// error is measured with the variance and taken out of both. Rows too long for that are read twice.
 #include "reduce.cuh"
 
 namespace fastdiff::cuda {
@@ -9,14 +9,33 @@ namespace {
 
 using cpu::Rows;
 
+constexpr int64_t kMaxColumns = 8192;  // of a row held in registers
+
 template <int width>
 constexpr int kHeld = width == 1 ? 16 : 32;  // values of a row per thread
 template <int width>
 constexpr int kMaxThreads = kMaxColumns / kHeld<width>;
-constexpr int kBlock = 128;  // threads of a block, if its rows do not need more
+constexpr int kBlock = 128;      // threads of a block, if its rows do not need more
+constexpr int kLongBlock = 512;  // of a row longer than kMaxColumns
 
+// A row's index on each leading axis.
 struct Place {
-  int64_t index[Rows::kAxes];
+  int64_t row, index[Rows::kAxes];
+
+  // axes: the leading ones, up to the last that is not of size 1.
+  __device__ __forceinline__ Place(const cpu::AdalnArgs& args, int64_t row, int axes) : row(row) {
+    uint64_t rest = row;
+#pragma unroll
+    for (int axis = Rows::kAxes - 1; axis > 0; --axis) {
+      index[axis] = 0;
+      if (axis < axes) {
+        const uint64_t size = args.size[axis], quotient = rest / size;
+        index[axis] = rest - quotient * size;
+        rest = quotient;
+      }
+    }
+    index[0] = rest;
+  }
   __device__ __forceinline__ int64_t of(const Rows& rows) const {
     int64_t offset = 0;
 #pragma unroll
@@ -25,53 +44,84 @@ struct Place {
   }
 };
 
+// Where a row of x, y and what gates lies.
+template <class T>
+struct Gated {
+  const cpu::AdalnArgs& args;
+  const T *x, *residual;
+  int64_t gate;
+  T* y;
+
+  __device__ __forceinline__ Gated(const cpu::AdalnArgs& args, const Place& place)
+      : args(args),
+        x(static_cast<const T*>(args.x.data) + place.of(args.x)),
+        residual(static_cast<const T*>(args.residual.data) + place.of(args.residual)),
+        gate(place.of(args.gate)),
+        y(static_cast<T*>(args.y) + place.row * args.columns) {}
+
+  // v = x to y, as y's type holds it, at column c.
+  template <int width>
+  __device__ __forceinline__ void add_residual(int64_t c, float (&v)[width]) const {
+    float r[width], g[width];
+    load(residual + c, r);
+    with_type(args.gate.data, args.gate.dtype, [&](auto* p) { load(p + gate + c, g); });
+#pragma unroll
+    for (int i = 0; i < width; ++i) v[i] = to_float(from_float<T>(r[i] + g[i] * v[i]));
+  }
+};
+
+// Where a row of what modulates lies, and of the result.
+struct Modulation {
+  const cpu::AdalnArgs& args;
+  int64_t row, weight, bias, scale, shift;
+
+  __device__ __forceinline__ Modulation(const cpu::AdalnArgs& args, const Place& place)
+      : args(args),
+        row(place.row),
+        weight(place.of(args.weight)),
+        bias(place.of(args.bias)),
+        scale(place.of(args.scale)),
+        shift(place.of(args.shift)) {}
+
+  // Of normalised values from column c on.
+  template <int width>
+  __device__ __forceinline__ void finish(int64_t c, float (&v)[width]) const {
+    apply(args.weight.data, args.weight.dtype, weight + c, v, [](float a, float b) { return a * b; });
+    apply(args.bias.data, args.bias.dtype, bias + c, v, [](float a, float b) { return a + b; });
+    apply(args.scale.data, args.scale.dtype, scale + c, v, [](float a, float b) { return a * (1.0f + b); });
+    apply(args.shift.data, args.shift.dtype, shift + c, v, [](float a, float b) { return a + b; });
+    with_type(args.out, args.out_dtype, [&](auto* to) { store(to + row * args.columns + c, v); });
+  }
+};
+
 template <class T, int width>
-__global__ void __launch_bounds__(kMaxThreads<width>)
+__global__ void __launch_bounds__(kMaxThreads<width>, 1)  // 1: else ptxas spills for occupancy
     adaln_kernel(const __grid_constant__ cpu::AdalnArgs args, int64_t rows, int axes) {
   constexpr int kPacks = kHeld<width> / width;
   FASTDIFF_SHARED(float[2][2 * kMaxThreads<width> / kWarp], scratch);
   const int warps = blockDim.x / kWarp;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
-  const int64_t columns = row < rows ? args.columns : 0;  // threads without a row still meet the barriers
-  Place place;
-  uint64_t rest = row < rows ? row : 0;
-#pragma unroll
-  for (int axis = Rows::kAxes - 1; axis > 0; --axis) {
-    place.index[axis] = 0;
-    if (axis < axes) {
-      const uint64_t size = args.size[axis], quotient = rest / size;
-      place.index[axis] = rest - quotient * size;
-      rest = quotient;
-    }
-  }
-  place.index[0] = rest;
-  const auto column = [&](int pack) { return (pack * static_cast<int64_t>(blockDim.x) + threadIdx.x) * width; };
+  const int columns = row < rows ? static_cast<int>(args.columns) : 0;  // threads without a row still meet the barriers
+  const Place place(args, row < rows ? row : 0, axes);
+  const Gated<T> gated(args, place);
+  const auto column = [&](int pack) { return static_cast<int>(pack * blockDim.x + threadIdx.x) * width; };
 
   float v[kPacks][width];
-  const T* x = static_cast<const T*>(args.x.data) + place.of(args.x);
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     if (column(p) < columns) {
-      load(x + column(p), v[p]);
+      load(gated.x + column(p), v[p]);
     } else {
 #pragma unroll
       for (int i = 0; i < width; ++i) v[p][i] = 0.0f;
     }
   }
   if (args.gate.data) {
-    const T* residual = static_cast<const T*>(args.residual.data) + place.of(args.residual);
-    const int64_t gate = place.of(args.gate);
-    T* y = static_cast<T*>(args.y) + row * columns;
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
-      const int64_t c = column(p);
-      if (c >= columns) continue;
-      float r[width], g[width];
-      load(residual + c, r);
-      with_type(args.gate.data, args.gate.dtype, [&](auto* t) { load(t + gate + c, g); });
-#pragma unroll
-      for (int i = 0; i < width; ++i) v[p][i] = to_float(from_float<T>(r[i] + g[i] * v[p][i]));
-      store(y + c, v[p]);
+      if (column(p) >= columns) continue;
+      gated.add_residual(column(p), v[p]);
+      store(gated.y + column(p), v[p]);
     }
   }
   if (!args.out) return;
@@ -101,37 +151,72 @@ __global__ void __launch_bounds__(kMaxThreads<width>)
   row_sum(sums, scratch[1], warps, threadIdx.y);
   const float error = args.rms ? 0.0f : sums[0] * share;
   const float rstd = inverse_sqrt(sums[1] * share - error * error + args.eps);
-
-  const int64_t weight = place.of(args.weight), bias = place.of(args.bias);
-  const int64_t scale = place.of(args.scale), shift = place.of(args.shift);
+  const Modulation modulation(args, place);
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
-    const int64_t c = column(p);
-    if (c >= columns) continue;
-    float t[width];
+    if (column(p) >= columns) continue;
 #pragma unroll
     for (int i = 0; i < width; ++i) v[p][i] = (v[p][i] - error) * rstd;
-    if (args.weight.data) {
-      with_type(args.weight.data, args.weight.dtype, [&](auto* from) { load(from + weight + c, t); });
+    modulation.finish(column(p), v[p]);
+  }
+}
+
+// A block has a row of any length: it goes over it for y and the moments, and once more for the result. The moments are
+// taken relative to a pivot, the mean of 32 of the values, so that a large mean costs no digits.
+template <class T, int width>
+__global__ void __launch_bounds__(kLongBlock, 1)  // 1: else ptxas spills for occupancy
+    adaln_long_kernel(const __grid_constant__ cpu::AdalnArgs args, int axes) {
+  FASTDIFF_SHARED(Moments[kLongBlock / kWarp], scratch);
+  FASTDIFF_SHARED(float[kLongBlock / kWarp], sums);
+  const Place place(args, blockIdx.x, axes);
+  const Gated<T> gated(args, place);
+  const auto read = [&](int64_t c, auto& v) {
+    load(gated.x + c, v);
+    if (args.gate.data) gated.add_residual(c, v);
+  };
+  float pivot[1] = {};
+  if (args.out && !args.rms) {
+    read(threadIdx.x % kWarp * args.columns / kWarp, pivot);
+    warp_sum(pivot);
+    pivot[0] /= kWarp;
+  }
+  Moments m{};
+  float squares[1] = {};
+  for (int64_t c = threadIdx.x * width; c < args.columns; c += kLongBlock * width) {
+    float v[width];
+    read(c, v);
+    if (args.gate.data) store(gated.y + c, v);
+    if (args.rms) {
 #pragma unroll
-      for (int i = 0; i < width; ++i) v[p][i] *= t[i];
-    }
-    if (args.bias.data) {
-      with_type(args.bias.data, args.bias.dtype, [&](auto* from) { load(from + bias + c, t); });
+      for (int i = 0; i < width; ++i) squares[0] += v[i] * v[i];
+    } else if (args.out) {
 #pragma unroll
-      for (int i = 0; i < width; ++i) v[p][i] += t[i];
+      for (int i = 0; i < width; ++i) v[i] -= pivot[0];
+      m.add(v, width);
     }
-    if (args.scale.data) {
-      with_type(args.scale.data, args.scale.dtype, [&](auto* from) { load(from + scale + c, t); });
+  }
+  if (!args.out) return;
+
+  float centre = 0.0f, lost = 0.0f, variance;
+  if (args.rms) {
+    row_sum(squares, sums, kLongBlock / kWarp, 0);
+    variance = divide(squares[0], static_cast<float>(args.columns));
+  } else {
+    block_merge(m, scratch);
+    m = of_first_lane(m);
+    centre = add_exactly(pivot[0], m.mean, lost);
+    variance = divide(m.m2, m.count);
+  }
+  const float rstd = inverse_sqrt(variance + args.eps);
+  const T* from = args.gate.data ? gated.y : gated.x;
+  const Modulation modulation(args, place);
+#pragma unroll 2
+  for (int64_t c = threadIdx.x * width; c < args.columns; c += kLongBlock * width) {
+    float v[width];
+    load(from + c, v);
 #pragma unroll
-      for (int i = 0; i < width; ++i) v[p][i] *= 1.0f + t[i];
-    }
-    if (args.shift.data) {
-      with_type(args.shift.data, args.shift.dtype, [&](auto* from) { load(from + shift + c, t); });
-#pragma unroll
-      for (int i = 0; i < width; ++i) v[p][i] += t[i];
-    }
-    with_type(args.out, args.out_dtype, [&](auto* to) { store(to + row * columns + c, v[p]); });
+    for (int i = 0; i < width; ++i) v[i] = ((v[i] - centre) - lost) * rstd;
+    modulation.finish(c, v);
   }
 }
 
@@ -144,9 +229,9 @@ bool rows_packable(const Rows& rows) {
 }  // namespace
 
 const char* adaln(const cpu::AdalnArgs& args, Stream stream) {
-  if (args.columns > kMaxColumns) return "adaln: a row is longer than 8192";
+  if (args.out2) return "adaln_modulate_dual has no CUDA kernel";
   int64_t rows = 1;
-  int axes = 1;  // the leading ones, up to the last that is not of size 1
+  int axes = 1;
   for (int axis = 0; axis < Rows::kAxes; ++axis) {
     rows *= args.size[axis];
     if (args.size[axis] > 1) axes = axis + 1;
@@ -157,6 +242,8 @@ const char* adaln(const cpu::AdalnArgs& args, Stream stream) {
   for (const Rows* t : {&args.x, &args.gate, &args.residual, &args.scale, &args.shift, &args.weight, &args.bias})
     packs = packs && rows_packable(*t);
   return dispatch(args.x.dtype, packs, [&](auto tag, auto width) {
+    if (args.columns > kMaxColumns)
+      return launch(adaln_long_kernel<decltype(tag), width>, rows, dim3(kLongBlock), 0, stream, args, axes);
     const int64_t wanted = ceil_div(args.columns, kHeld<width>);
     const unsigned threads = std::max(kWarp, power_of_two(wanted, kMaxThreads<width>));
     const unsigned rows_per_block = std::max(1u, kBlock / threads);

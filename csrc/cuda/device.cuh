@@ -194,6 +194,16 @@ __device__ __forceinline__ float value(const cpu::ChannelValues& v, int64_t b, i
   return result;
 }
 
+// v = combine(v, t), t being `width` parameters, if there are any.
+template <int width, class Combine>
+__device__ __forceinline__ void apply(const void* data, DType dtype, int64_t at, float (&v)[width], Combine combine) {
+  if (!data) return;
+  float t[width];
+  with_type(data, dtype, [&](auto* p) { load(p + at, t); });
+#pragma unroll
+  for (int i = 0; i < width; ++i) v[i] = combine(v[i], t[i]);
+}
+
 // Whether packs can be used: data, and a stride in elements, are multiples of 16 bytes.
 inline bool packable(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
 inline bool packable(int64_t stride, DType dtype) { return stride * (dtype == DType::f32 ? 4 : 2) % 16 == 0; }

@@ -55,13 +55,6 @@ struct Problem {
   }
 };
 
-// a + b as a rounded sum and what it lost (Knuth).
-__device__ __forceinline__ float add_exactly(float a, float b, float& lost) {
-  const float sum = a + b, part = sum - a;
-  lost += (a - (sum - part)) + (b - part);
-  return sum;
-}
-
 // The map of one channel, given its group's pivot and the moments relative to it.
 struct Map {
   float sub, mul, add;

@@ -34,9 +34,7 @@ inline int64_t workspace_size(const cpu::CfgCombineArgs& args) {
   return args.guidance_rescale > 0 ? 8 * kMaxChunks * args.samples : 0;
 }
 
-// The longest row of adaln: it is held in registers.
-constexpr int64_t kMaxColumns = 8192;
-// The longest row of a norm of qk_norm_rope, held likewise.
+// The longest row of a norm of qk_norm_rope: it is held in registers.
 constexpr int64_t kMaxNormed = 16384;
 // The largest group of group_norm_silu, in channels and in elements.
 constexpr int64_t kMaxGroupChannels = 1024;

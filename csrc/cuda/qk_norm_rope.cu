@@ -14,16 +14,6 @@ constexpr int kBlock = 256;  // threads, if a row does not need more
 constexpr int kHeld = 32;    // values of a long row per thread
 constexpr int kMaxThreads = kMaxNormed / kHeld;
 
-// v = v * t or v + t, t being `width` values from a norm's parameters.
-template <int width, class Combine>
-__device__ __forceinline__ void apply(const void* data, DType dtype, int64_t at, float (&v)[width], Combine combine) {
-  if (!data) return;
-  float t[width];
-  with_type(data, dtype, [&](auto* p) { load(p + at, t); });
-#pragma unroll
-  for (int i = 0; i < width; ++i) v[i] = combine(v[i], t[i]);
-}
-
 // What a row's values are normalised with; x - mean and then - error, since mean has been rounded.
 struct Normal {
   float mean, error, rstd;

@@ -51,6 +51,13 @@ __device__ __forceinline__ float inverse_sqrt(float v) {
   return error == error ? fmaf(0.5f * root, error, root) : root;
 }
 
+// a + b as a rounded sum and what it lost (Knuth).
+__device__ __forceinline__ float add_exactly(float a, float b, float& lost) {
+  const float sum = a + b, part = sum - a;
+  lost += (a - (sum - part)) + (b - part);
+  return sum;
+}
+
 // Count, mean and sum of squared distances from it; combined as by Chan, Golub and LeVeque (1983).
 struct Moments {
   float count, mean, m2;

@@ -58,6 +58,14 @@ struct Call {
     return out;
   }
 
+  Tensor second(const OptionalTensor& scale, const OptionalTensor& shift, ScalarType dtype) {
+    args.scale2 = rows_of(scale, x, "scale2");
+    args.shift2 = rows_of(shift, x, "shift2");
+    Tensor out = empty_output(sizes, contiguous_strides(sizes), dtype, x);
+    args.out2 = data_of(out);
+    return out;
+  }
+
   void run(const char* op) const {
     fastdiff::run(op, x, [&] { return cpu::adaln(args); }, [&](cuda::Stream s) { return cuda::adaln(args, s); });
   }
@@ -74,6 +82,19 @@ Tensor adaln_modulate(const Tensor& x, const OptionalTensor& scale, const Option
   Tensor out = call.norm(scale, shift, weight, bias, eps, rms, out_dtype.value_or(x.scalar_type()));
   call.run("adaln_modulate");
   return out;
+}
+
+std::tuple<Tensor, Tensor> adaln_modulate_dual(const Tensor& x, const OptionalTensor& scale,
+                                               const OptionalTensor& shift, const OptionalTensor& scale2,
+                                               const OptionalTensor& shift2, const OptionalTensor& weight,
+                                               const OptionalTensor& bias, double eps, bool rms,
+                                               std::optional<ScalarType> out_dtype) {
+  Call call(x);
+  const ScalarType dtype = out_dtype.value_or(x.scalar_type());
+  Tensor out = call.norm(scale, shift, weight, bias, eps, rms, dtype);
+  Tensor out2 = call.second(scale2, shift2, dtype);
+  call.run("adaln_modulate_dual");
+  return {out, out2};
 }
 
 Tensor gate_residual(const Tensor& x, const Tensor& gate, const Tensor& residual) {
@@ -98,6 +119,7 @@ std::tuple<Tensor, Tensor> gate_residual_adaln(const Tensor& x, const Tensor& ga
 
 FASTDIFF_REGISTER(m) {
   m.impl("adaln_modulate", TORCH_BOX(&adaln_modulate));
+  m.impl("adaln_modulate_dual", TORCH_BOX(&adaln_modulate_dual));
   m.impl("gate_residual", TORCH_BOX(&gate_residual));
   m.impl("gate_residual_adaln", TORCH_BOX(&gate_residual_adaln));
 }

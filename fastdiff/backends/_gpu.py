@@ -117,6 +117,21 @@ def refusals(device: str) -> dict[str, Refuse]:
             return f"out_dtype is {str(out_dtype)[6:]}"
         return _affine(weight, bias) or rows(x, scale, shift) or reason(x, weight, bias)
 
+    def adaln_modulate_dual(
+        x: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        scale2: Tensor | None = None,
+        shift2: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-6,
+        *,
+        rms: bool = False,
+        out_dtype: torch.dtype | None = None,
+    ) -> str | None:
+        return rows(x, scale, shift, scale2, shift2) or adaln_modulate(x, None, None, weight, bias, out_dtype=out_dtype)
+
     def gate_residual(x: Tensor, gate: Tensor, residual: Tensor) -> str | None:
         return _two_dtypes(x, residual) or rows(x, gate, residual)
 
@@ -275,6 +290,7 @@ def refusals(device: str) -> dict[str, Refuse]:
 
     return {
         "adaln_modulate": adaln_modulate,
+        "adaln_modulate_dual": adaln_modulate_dual,
         "attention": attention,
         "cfg_combine": cfg_combine,
         "gate_residual": gate_residual,

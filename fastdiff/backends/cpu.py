@@ -64,6 +64,22 @@ def _adaln_modulate(
     return _rows_reason(x, scale, shift, weight, bias)
 
 
+def _adaln_modulate_dual(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    rms: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> str | None:
+    return _rows_reason(x, scale2, shift2) or _adaln_modulate(x, scale, shift, weight, bias, out_dtype=out_dtype)
+
+
 def _gate_residual(x: Tensor, gate: Tensor, residual: Tensor) -> str | None:
     if x.dtype != residual.dtype:
         return f"x is {str(x.dtype)[6:]} and residual {str(residual.dtype)[6:]}"
@@ -233,6 +249,7 @@ def _group_norm_silu_backward(
 REFUSE: dict[str, Refuse] = {
     "adaln_modulate": _adaln_modulate,
     "adaln_modulate_backward": _adaln_modulate_backward,
+    "adaln_modulate_dual": _adaln_modulate_dual,
     "attention": _attention,
     "cfg_combine": _cfg_combine,
     "gate_residual": _gate_residual,
@@ -275,6 +292,19 @@ def _differentiable_adaln(
     return _differentiable(x, scale, shift)
 
 
+def _differentiable_dual(
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    scale2: Tensor | None = None,
+    shift2: Tensor | None = None,
+    *args: Any,
+    out_dtype: torch.dtype | None = None,
+    **kwargs: Any,
+) -> str | None:
+    return _differentiable_adaln(x, scale, shift, out_dtype=out_dtype) or _differentiable(x, scale2, shift2)
+
+
 def _differentiable_gate_adaln(
     x: Tensor,
     gate: Tensor,
@@ -290,6 +320,7 @@ def _differentiable_gate_adaln(
 #: For the ops with a backward: why the CPU's does not serve a call, or ``None``.
 DIFFERENTIABLE: dict[str, Refuse] = {
     "adaln_modulate": _differentiable_adaln,
+    "adaln_modulate_dual": _differentiable_dual,
     "gate_residual": lambda x, gate, residual: _differentiable(x, gate),
     "gate_residual_adaln": _differentiable_gate_adaln,
     "group_norm_silu": lambda x, *args, **kwargs: _differentiable(x),

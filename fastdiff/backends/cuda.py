@@ -24,8 +24,8 @@ from fastdiff.backends._gpu import (
 from fastdiff.backends.cpu import run_overload
 from fastdiff.backends.losses import first_tensor, is_measured
 
-#: The longest rows and largest groups of channels, as in csrc/cuda/kernels.h.
-MAX_COLUMNS, MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS, MAX_RMS_CHANNELS = 8192, 1024, 2**31, 4096
+#: The largest groups of channels, as in csrc/cuda/kernels.h.
+MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS, MAX_RMS_CHANNELS = 1024, 2**31, 4096
 
 
 def why_not() -> str | None:
@@ -77,10 +77,6 @@ def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
     return why_torch_attends(q, k, _torch_depths(q.device), TORCH_ATTENTION_SOURCE)
 
 
-def _row_too_long(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
-    return f"a row has {x.shape[-1]} elements, more than {MAX_COLUMNS}" if x.shape[-1] > MAX_COLUMNS else None
-
-
 def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> str | None:
     channels = x.shape[1] // num_groups
     if channels > MAX_GROUP_CHANNELS:
@@ -111,10 +107,7 @@ def _qk_norm_rope(*args: Any, **kwargs: Any) -> str | None:
 
 #: What these kernels refuse beyond what all GPU kernels do.
 _LIMITS: dict[str, Refuse] = {
-    "adaln_modulate": _row_too_long,
     "attention": _attention,
-    "gate_residual": _row_too_long,
-    "gate_residual_adaln": _row_too_long,
     "group_norm_silu": _group_too_large,
     "qk_norm_rope": _qk_norm_rope,
     "rms_norm_silu": _too_many_channels,

@@ -5,6 +5,7 @@ from fastdiff.backends import cuda as _cuda
 from fastdiff.backends import triton as _triton
 from fastdiff.ops._library import OPS as _OPS
 from fastdiff.ops.adaln_modulate import adaln_modulate
+from fastdiff.ops.adaln_modulate_dual import adaln_modulate_dual
 from fastdiff.ops.attention import attention
 from fastdiff.ops.cfg_combine import cfg_combine
 from fastdiff.ops.gate_residual import gate_residual
@@ -19,6 +20,7 @@ from fastdiff.ops.swiglu import swiglu
 
 __all__ = [
     "adaln_modulate",
+    "adaln_modulate_dual",
     "attention",
     "cfg_combine",
     "gate_residual",

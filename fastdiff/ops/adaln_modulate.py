@@ -59,6 +59,39 @@ def check_norm(
         raise ValueError(f"out_dtype must be a floating-point type, not {out_dtype}")
 
 
+def normalized(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    rms: bool,
+    modulations: tuple[Tensor | None, ...],
+) -> Tensor:
+    """The eager norm of x, in the widest dtype of all that takes part."""
+    dtype = x.dtype
+    for t in (*modulations, weight, bias):
+        if t is not None:
+            dtype = torch.promote_types(dtype, t.dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    if not rms:
+        return F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
+    wide = x.to(torch.promote_types(dtype, torch.float32))
+    y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(dtype)
+    y = y if weight is None else y * weight
+    return y if bias is None else y + bias
+
+
+def with_modulation(
+    y: Tensor, x: Tensor, scale: Tensor | None, shift: Tensor | None, out_dtype: torch.dtype | None
+) -> Tensor:
+    """The eager ``y * (1 + scale) + shift``, y being the norm of x."""
+    if scale is not None:
+        y = y * (1 + align_modulation(scale, x))
+    if shift is not None:
+        y = y + align_modulation(shift, x)
+    return y.to(out_dtype or x.dtype).contiguous()
+
+
 @fused_op(
     "(Tensor x, Tensor? scale=None, Tensor? shift=None, Tensor? weight=None, Tensor? bias=None, "
     "float eps=1e-6, *, bool rms=False, ScalarType? out_dtype=None) -> Tensor"
@@ -92,23 +125,8 @@ def adaln_modulate(
     Raises:
         ValueError: if a shape or dtype is none of the above.
     """
-    dtype = x.dtype
-    for t in (scale, shift, weight, bias):
-        if t is not None:
-            dtype = torch.promote_types(dtype, t.dtype)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
-    if rms:
-        wide = x.to(torch.promote_types(dtype, torch.float32))
-        y = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(dtype)
-        y = y if weight is None else y * weight
-        y = y if bias is None else y + bias
-    else:
-        y = F.layer_norm(x.to(dtype), x.shape[-1:], weight, bias, eps)
-    if scale is not None:
-        y = y * (1 + align_modulation(scale, x))
-    if shift is not None:
-        y = y + align_modulation(shift, x)
-    return y.to(out_dtype or x.dtype).contiguous()
+    y = normalized(x, weight, bias, eps, rms, (scale, shift))
+    return with_modulation(y, x, scale, shift, out_dtype)
 
 
 @adaln_modulate.check

@@ -172,6 +172,7 @@ def _tiny(op: str) -> layer_cases.Case:
         "group_norm_silu": lambda: layer_cases.group_norm("t", (2, 32, 5, 3), temb=True),
         "rms_norm_silu": lambda: layer_cases.rms_norm("t", (1, 8, 2, 5, 3)),
         "adaln_modulate": lambda: layer_cases.modulate("t", (2, 3, 16)),
+        "adaln_modulate_dual": lambda: layer_cases.modulate("t", (2, 3, 16), count=2),
         "gate_residual": lambda: layer_cases.gate("t", (2, 3, 16), norm=False),
         "gate_residual_adaln": lambda: layer_cases.gate("t", (2, 3, 16), norm=True),
         "geglu": lambda: layer_cases.activation("t", "geglu", (2, 3, 16)),

@@ -30,6 +30,7 @@ SOME = (
     "rms_norm_silu NHWC 2048",
     "adaln_modulate 1152",
     "adaln_modulate 9000",
+    "adaln_modulate_dual 1536",
     "gate_residual_adaln 3072",
     "geglu",
     "swiglu",
@@ -111,7 +112,9 @@ def test_group_norm_fills_the_gpu() -> None:
         assert all(v.grid >= GPUS[90][1] for v in launches), [v.grid for v in launches]
 
 
-@pytest.mark.parametrize("name", ["group_norm_silu NCHW 1280 8", "scheduler_step", "cfg_combine rescaled"])
+@pytest.mark.parametrize(
+    "name", ["group_norm_silu NCHW 1280 8", "adaln_modulate_dual 1536", "scheduler_step", "cfg_combine rescaled"]
+)
 def test_one_launch(name: str) -> None:
     with recorded(90) as launches:
         calls(torch.bfloat16)[name]()
@@ -166,6 +169,7 @@ def test_new_sizes_are_the_same_kernels() -> None:
     """Nothing that is compiled depends on resolution, batch or number of tokens; so nothing is compiled again."""
     from fastdiff.backends.triton import (
         adaln_modulate,
+        adaln_modulate_dual,
         attention,
         cfg_combine,
         gate_residual,
@@ -184,6 +188,7 @@ def test_new_sizes_are_the_same_kernels() -> None:
         tokens = meta(batch, size * size, 640)
         modulation = meta(batch, 6 * 640).chunk(6, 1)
         adaln_modulate.run(tokens, modulation[0], modulation[1])
+        adaln_modulate_dual.run(tokens, *modulation[:4])
         gate_residual.run(tokens, modulation[2], tokens)
         gate_residual_adaln.run(tokens, modulation[2], tokens, modulation[3], modulation[4])
         q = tokens.unflatten(-1, (8, 80))

@@ -157,6 +157,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Calls of every op that together need every kind of launch, at sizes of SD1.5, SDXL, DiT, SD3, Flux and VAEs."""
     from fastdiff.backends.triton import (
         adaln_modulate,
+        adaln_modulate_dual,
         attention,
         cfg_combine,
         gate_residual,
@@ -200,10 +201,12 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     x, m = t(1, 512, 45, 45), t(1, 1024).chunk(2, 1)
     found["rms_norm_silu odd"] = lambda x=x, m=m: rms_norm_silu.run(x, scale=m[0], shift=m[1])
     for d in (64, 320, 640, 1152, 1536, 3072, 8192, 9000):
-        x, per_sample, per_token = t(2, 1024, d), t(2, 6 * d).chunk(6, 1), t(2, 1024, 2 * d).chunk(2, 2)
+        x, per_sample, per_token = t(2, 1024, d), t(2, 6 * d).chunk(6, 1), t(2, 1024, 4 * d).chunk(4, 2)
         found[f"adaln_modulate {d}"] = lambda x=x, m=per_sample: adaln_modulate.run(x, m[0], m[1])
-        found[f"adaln_modulate {d} per token"] = lambda x=x, m=per_token: adaln_modulate.run(x, *m)
+        found[f"adaln_modulate {d} per token"] = lambda x=x, m=per_token: adaln_modulate.run(x, *m[:2])
         found[f"adaln_modulate {d} rms"] = lambda x=x, d=d: adaln_modulate.run(x, weight=t(d), rms=True)
+        found[f"adaln_modulate_dual {d}"] = lambda x=x, m=per_sample: adaln_modulate_dual.run(x, *m[:4])
+        found[f"adaln_modulate_dual {d} per token"] = lambda x=x, m=per_token: adaln_modulate_dual.run(x, *m)
         found[f"gate_residual {d}"] = lambda x=x, m=per_sample: gate_residual.run(x, m[2], x)
         found[f"gate_residual_adaln {d}"] = lambda x=x, m=per_sample: gate_residual_adaln.run(x, m[2], x, m[3], m[4])
     found["adaln_modulate odd"] = lambda: adaln_modulate.run(t(2, 7, 77), t(2, 77), t(2, 77))

@@ -53,9 +53,10 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
 
     def rows(name: str, width: int) -> Call:
         x, residual = random(2, 4096, width), random(2, 4096, width)
-        shift, scale, gate = random(2, 3 * width).chunk(3, 1)
+        shift, scale, gate, scale2 = random(2, 4 * width).chunk(4, 1)
         arguments = {
             "adaln_modulate": (x, scale, shift),
+            "adaln_modulate_dual": (x, scale, shift, scale2, gate),
             "gate_residual": (x, gate, residual),
             "gate_residual_adaln": (x, gate, residual, scale, shift),
         }
@@ -89,7 +90,7 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
         "attention few queries": lambda: attention(16, 273, 20, 64),
         "attention one query": lambda: attention(1, 77, 8, 128),
     }
-    for name in ("adaln_modulate", "gate_residual", "gate_residual_adaln"):
+    for name in ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln"):
         for width in (320, 1152, 3072, 9000):
             calls[f"{name} {width}"] = lambda name=name, width=width: rows(name, width)
     for shape in ((2, 320, 64, 64), (2, 1280, 8, 8), (2, 960, 64, 64), (1, 128, 512, 512)):

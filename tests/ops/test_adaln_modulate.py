@@ -80,14 +80,32 @@ def test_large_means(dtype: torch.dtype, offset: float) -> None:
 
 
 @pytest.mark.numerics
+@pytest.mark.parametrize("columns", [8192, 8200])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_first_values_far_from_the_mean(dtype: torch.dtype) -> None:
+def test_first_values_far_from_the_mean(dtype: torch.dtype, columns: int) -> None:
     """The kernel centres a row on its first values, which is right only where they are near the mean."""
 
     def arguments(generator: torch.Generator) -> Arguments:
-        x = rows(generator, 2, 9, 8192, dtype=torch.float32)
+        x = rows(generator, 2, 3, columns, dtype=torch.float32)
         x[..., :64] += 1e4
-        return (x.to(dtype), *modulations(generator, "sample", 2, (2, 9, 8192), dtype)), {}
+        return (x.to(dtype), *modulations(generator, "sample", 2, (2, 3, columns), dtype)), {}
+
+    assert_numerics(adaln_modulate, arguments)
+
+
+@pytest.mark.numerics
+@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("columns", [8193, 12288])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_longer_than_the_registers(dtype: torch.dtype, columns: int, rms: bool) -> None:
+    """Of whole packs and not, and with means that are large beside the deviations."""
+    shape = (2, 1, columns)
+
+    def arguments(generator: torch.Generator) -> Arguments:
+        scale, shift = modulations(generator, "token", 2, shape, dtype)
+        weight, bias = torch.randn(2, columns, generator=generator)
+        x = rows(generator, *shape, dtype=dtype, offset=300)
+        return (x, scale, shift, weight, bias), {"rms": rms}
 
     assert_numerics(adaln_modulate, arguments)
 
@@ -136,8 +154,9 @@ def test_strided_rows() -> None:
 
 
 @pytest.mark.numerics
-def test_nonfinite() -> None:
-    x, scale, shift = _sample()
+@pytest.mark.parametrize("columns", [77, 8200])
+def test_nonfinite(columns: int) -> None:
+    x, scale, shift = _sample(shape=(2, 3, columns))
     x[0, 1, 3], x[0, 2, 5], x[1, 1, 7] = float("nan"), float("inf"), -float("inf")
     shift[1, 0], scale[1, 1] = float("inf"), float("nan")
     for rms in (False, True):

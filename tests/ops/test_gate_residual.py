@@ -26,10 +26,14 @@ SHAPE = (2, 9, 77)
 
 
 def _inputs(
-    generator: torch.Generator, dtype: torch.dtype, layout: str = "sample", other: torch.dtype | None = None
+    generator: torch.Generator,
+    dtype: torch.dtype,
+    layout: str = "sample",
+    other: torch.dtype | None = None,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gate, scale, shift = modulations(generator, layout, 3, SHAPE, other or dtype)
-    x, residual = (rows(generator, *SHAPE, dtype=dtype) for _ in range(2))
+    gate, scale, shift = modulations(generator, layout, 3, shape, other or dtype)
+    x, residual = (rows(generator, *shape, dtype=dtype) for _ in range(2))
     return x, gate, residual, scale, shift
 
 
@@ -45,12 +49,15 @@ def test_numerics(dtype: torch.dtype, layout: str) -> None:
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "columns"), [*((layout, 77) for layout in LAYOUTS), ("sample", 8195), ("token", 8200)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_results_are_those_of_the_two_ops(dtype: torch.dtype, layout: str, rms: bool) -> None:
+def test_both_results_are_those_of_the_two_ops(dtype: torch.dtype, layout: str, columns: int, rms: bool) -> None:
     """Bit for bit; so the numerics tests of the two ops hold here too."""
-    x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), dtype, layout, torch.float32)
-    weight, bias = torch.randn(SHAPE[-1]), torch.randn(SHAPE[-1]).to(dtype)
+    shape = SHAPE if columns == 77 else (2, 1, columns)
+    x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), dtype, layout, torch.float32, shape)
+    weight, bias = torch.randn(columns), torch.randn(columns).to(dtype)
     y, normed = run_kernel(gate_residual_adaln, x, gate, residual, scale, shift, weight, bias, rms=rms)
     assert torch.equal(y, run_kernel(gate_residual, x, gate, residual))
     assert torch.equal(normed, run_kernel(adaln_modulate, y, scale, shift, weight, bias, rms=rms))

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.profiler import profile
 
 from fastdiff.backends import cpu
-from fastdiff.ops import adaln_modulate, gate_residual, gate_residual_adaln, group_norm_silu
+from fastdiff.ops import adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln, group_norm_silu
 from fastdiff.ops._library import FusedOp
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
-DIFFERENTIABLE = (adaln_modulate, gate_residual, gate_residual_adaln, group_norm_silu)
+DIFFERENTIABLE = (adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln, group_norm_silu)
 
 
 @pytest.fixture(autouse=True)
@@ -58,16 +58,18 @@ def row_call(
             return torch.randn(size, generator=generator).to(dtype)
 
         width = shape[-1]
-        modulations = [random(width)] * 3 if vector else random(shape[0], 3 * width).chunk(3, dim=1)
+        modulations = [random(width)] * 4 if vector else random(shape[0], 4 * width).chunk(4, dim=1)
         norm = {"rms": rms}
         if affine:
             norm |= {"weight": random(width), "bias": random(width)}
         x, residual = random(*shape), random(*shape)
         if op is adaln_modulate:
             return (x, *modulations[:2]), norm
+        if op is adaln_modulate_dual:
+            return (x, *modulations), norm
         if op is gate_residual:
             return (x, modulations[0], residual), {}
-        return (x, modulations[0], residual, *modulations[1:]), norm
+        return (x, modulations[0], residual, *modulations[1:3]), norm
 
     return call
 
@@ -90,6 +92,9 @@ ROWS = {
     "adaln rms": (adaln_modulate, row_call(adaln_modulate, (3, 21, 40), rms=True, affine=True)),
     "adaln vector": (adaln_modulate, row_call(adaln_modulate, (2, 3, 7, 33), vector=True)),
     "adaln of rows": (adaln_modulate, row_call(adaln_modulate, (5, 64))),
+    "dual": (adaln_modulate_dual, row_call(adaln_modulate_dual, (2, 37, 77))),
+    "dual affine": (adaln_modulate_dual, row_call(adaln_modulate_dual, (2, 37, 48), affine=True)),
+    "dual rms, vector": (adaln_modulate_dual, row_call(adaln_modulate_dual, (3, 21, 40), rms=True, vector=True)),
     "gate": (gate_residual, row_call(gate_residual, (2, 37, 77))),
     "gate vector": (gate_residual, row_call(gate_residual, (2, 37, 77), vector=True)),
     "gate and adaln": (gate_residual_adaln, row_call(gate_residual_adaln, (2, 37, 77))),
@@ -218,7 +223,7 @@ def test_gradcheck_runs_eager(op: FusedOp[..., Any]) -> None:
 
 @pytest.mark.kernel
 @pytest.mark.parametrize(
-    "name", ["modulated", "modulated nhwc", "no silu, tokens", "adaln affine", "gate", "gate and adaln"]
+    "name", ["modulated", "modulated nhwc", "no silu, tokens", "adaln affine", "dual", "gate", "gate and adaln"]
 )
 def test_second_order(name: str) -> None:
     """A gradient penalty: the second derivative is that of the backward's eager reference."""
@@ -237,7 +242,7 @@ def test_second_order(name: str) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["modulated", "adaln", "gate", "gate and adaln"])
+@pytest.mark.parametrize("name", ["modulated", "adaln", "dual", "gate", "gate and adaln"])
 def test_compiled(name: str) -> None:
     """Inductor keeps forward and backward kernels, and the numbers."""
     op, make = CASES[name]
@@ -255,7 +260,7 @@ def test_compiled(name: str) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["modulated", "nhwc tokens", "no silu, tokens", "adaln rms", "gate and adaln"])
+@pytest.mark.parametrize("name", ["modulated", "nhwc tokens", "no silu, tokens", "adaln rms", "dual", "gate and adaln"])
 def test_opcheck(name: str) -> None:
     op, make = CASES[name]
     call, _ = leaves_of(make(torch.Generator().manual_seed(0), torch.float32), torch.float32)
@@ -291,7 +296,7 @@ def test_no_more_memory_than_eager(name: str) -> None:
 
 
 @pytest.mark.kernel
-@pytest.mark.parametrize("name", ["modulated", "adaln affine", "gate", "gate and adaln"])
+@pytest.mark.parametrize("name", ["modulated", "adaln affine", "dual affine", "gate", "gate and adaln"])
 def test_some_gradients_only(name: str) -> None:
     """Frozen weights, or a frozen input: what is needed comes out, and nothing else is touched."""
     op, make = CASES[name]
@@ -308,12 +313,14 @@ def test_some_gradients_only(name: str) -> None:
 
 
 @pytest.mark.kernel
-def test_one_of_two_results() -> None:
-    """Of gate_residual_adaln either result may be unused."""
-    call = CASES["gate and adaln"][1](torch.Generator().manual_seed(0), torch.float32)
+@pytest.mark.parametrize("name", ["gate and adaln", "dual affine"])
+def test_one_of_two_results(name: str) -> None:
+    """Either may be unused."""
+    op, make = CASES[name]
+    call = make(torch.Generator().manual_seed(0), torch.float32)
     for index in (0, 1):
         found = []
-        for function in (gate_residual_adaln, gate_residual_adaln.eager):
+        for function in (op, op.eager):
             fresh, leaves = leaves_of(call, torch.float32)
             result = outputs_of(function, fresh)[index]
             found.append(torch.autograd.grad(result.square().sum(), list(leaves.values()), allow_unused=True))
@@ -352,10 +359,12 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         adaln_modulate.choose(x, sample, token),
         gate_residual.choose(x, token, token),
         gate_residual_adaln.choose(x, sample, token, token),
+        adaln_modulate_dual.choose(x, sample, sample, scale2=token),
     ):
         assert choice.backend == "eager"
         assert choice.reason == "cpu: a gradient is needed, and the modulation is per token"
-    assert "out_dtype is not x's" in adaln_modulate.choose(x, out_dtype=torch.bfloat16).reason
+    for op in (adaln_modulate, adaln_modulate_dual):
+        assert "out_dtype is not x's" in op.choose(x, out_dtype=torch.bfloat16).reason
     monkeypatch.setattr(cpu, "SMALL", x.numel() + 1)
     choice = adaln_modulate.choose(x, sample)
     assert (choice.backend, choice.reason) == (

@@ -11,7 +11,15 @@ from modulation import assert_close_to_exact
 from numerics import run_kernel
 from torch import Tensor
 
-from fastdiff.ops import adaln_modulate, gate_residual, gate_residual_adaln, geglu, gelu_tanh, group_norm_silu
+from fastdiff.ops import (
+    adaln_modulate,
+    adaln_modulate_dual,
+    gate_residual,
+    gate_residual_adaln,
+    geglu,
+    gelu_tanh,
+    group_norm_silu,
+)
 
 pytestmark = pytest.mark.kernel
 
@@ -20,6 +28,7 @@ Make = Callable[..., Tensor]
 
 CASES: dict[str, Callable[[Make, int, int], tuple[Any, ...]]] = {
     "adaln_modulate": lambda new, n, d: (adaln_modulate, new(1, n, d), new(1, d), new(1, d)),
+    "adaln_modulate_dual": lambda new, n, d: (adaln_modulate_dual, new(1, n, d), *(new(1, d) for _ in range(4))),
     "gate_residual": lambda new, n, d: (gate_residual, new(1, n, d), new(1, d), new(1, n, d)),
     "geglu": lambda new, n, d: (geglu, new(n, 2 * d)),
     "gelu_tanh": lambda new, n, d: (gelu_tanh, new(n, d)),

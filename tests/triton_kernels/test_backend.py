@@ -24,6 +24,7 @@ def _calls() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     heads = torch.randn(1, 4, 2, 16)
     return {
         "adaln_modulate": ((x, vector, vector), {}),
+        "adaln_modulate_dual": ((x, vector, vector, None, vector + 1), {}),
         "attention": ((heads, heads, heads), {"return_lse": True}),
         "cfg_combine": ((x, x + 1, 3.0, 0.5), {}),
         "gate_residual": ((x, vector, x + 1), {}),
@@ -114,6 +115,7 @@ def test_refuses_with_a_reason() -> None:
             (ops.adaln_modulate.choose(x.mT.contiguous().mT, vector), "last axis is not contiguous"),
             (ops.adaln_modulate.choose(x, weight=torch.ones(16)[::2]), "weight or bias is not contiguous"),
             (ops.adaln_modulate.choose(five, torch.randn(2, 2, 1, 2, 8)), "do not merge into three"),
+            (ops.adaln_modulate_dual.choose(x, shift2=torch.randn(2, 16)[:, ::2]), "last axis is not contiguous"),
             (ops.gate_residual.choose(x, vector, x.half()), "x is float32 and residual float16"),
             (ops.geglu.choose(x.transpose(0, 1)), "x is not contiguous"),
             (ops.attention.choose(q, q, q), "the head dimension is 520, more than 512"),
@@ -141,9 +143,12 @@ def test_rows_longer_than_the_registers() -> None:
     scale, shift, gate = torch.randn(2, 3 * 9001).chunk(3, 1)
     with use_backend("triton", strict=True):
         for rms in (False, True):
-            got = ops.gate_residual_adaln(x, gate, residual, scale, shift, rms=rms)
-            want = ops.gate_residual_adaln.eager(x, gate, residual, scale, shift, rms=rms)
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
+            for op, call in (
+                (ops.gate_residual_adaln, (x, gate, residual, scale, shift)),
+                (ops.adaln_modulate_dual, (x, scale, shift, gate)),
+            ):
+                got, want = op(*call, rms=rms), op.eager(*call, rms=rms)
+                torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
 
 
 def test_group_norm_of_every_tile() -> None:

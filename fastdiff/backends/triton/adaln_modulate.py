@@ -20,6 +20,5 @@ def run(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     norm = RMS_NORM if rms else LAYER_NORM
-    _, out = run_rows(x, None, None, scale, shift, weight, bias, eps, norm, out_dtype or x.dtype)
-    assert out is not None
+    _, (out,) = run_rows(x, None, None, ((scale, shift),), weight, bias, eps, norm, out_dtype or x.dtype)
     return out

@@ -8,6 +8,6 @@ from fastdiff.backends.triton._rows import NO_NORM, run_rows
 
 
 def run(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
-    y, _ = run_rows(x, gate, residual, None, None, None, None, 0.0, NO_NORM, residual.dtype)
+    y, _ = run_rows(x, gate, residual, (), None, None, 0.0, NO_NORM, residual.dtype)
     assert y is not None
     return y

@@ -20,6 +20,6 @@ def run(
     rms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     norm = RMS_NORM if rms else LAYER_NORM
-    y, out = run_rows(x, gate, residual, scale, shift, weight, bias, eps, norm, residual.dtype)
-    assert y is not None and out is not None
+    y, (out,) = run_rows(x, gate, residual, ((scale, shift),), weight, bias, eps, norm, residual.dtype)
+    assert y is not None
     return y, out
