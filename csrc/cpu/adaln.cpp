@@ -101,11 +101,13 @@ class Affine {
   const void *scale_ = nullptr, *shift_ = nullptr;
 };
 
-// y = residual + gate * x; `wide`, unless null, receives y as rounded, which is not to stream then.
-template <class T>
-void gated_row(const T* x, const float* gate, const T* residual, T* y, float* wide, int64_t n, bool past) {
+// y = residual + gate * x, or residual + x without a gate; `wide`, unless null, receives y as rounded, which is not to
+// stream then.
+template <bool gated, class T>
+void residual_row(const T* x, const float* gate, const T* residual, T* y, float* wide, int64_t n, bool past) {
   for_each_vec(n, [&](int64_t i, int, auto lanes) {
-    write(y + i, fma(load(gate + i, lanes), load(x + i, lanes), load(residual + i, lanes)), lanes, past);
+    const Vec value = load(x + i, lanes), rest = load(residual + i, lanes);
+    write(y + i, gated ? fma(load(gate + i, lanes), value, rest) : value + rest, lanes, past);
     if (wide) store(wide + i, load(y + i, lanes), lanes);
   });
 }
@@ -154,11 +156,12 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
   for (int64_t row = begin; row < end; ++row, position.advance()) {
     const T* x = static_cast<const T*>(position.of(args.x));
     const T* residual = static_cast<const T*>(position.of(args.residual));
-    const bool gated = args.gate.data;
-    if (const void* gate = position.of(args.gate)) {
+    if (residual) {
+      const void* gate = position.of(args.gate);
       if (gate != last_gate) widen(gate, args.gate.dtype, gate_copy, n), last_gate = gate;
-      gated_row(x, gate_copy, residual, static_cast<T*>(args.y) + row * n, args.out ? wide : nullptr, n,
-                past && !args.out);
+      T* y = static_cast<T*>(args.y) + row * n;
+      (gate ? residual_row<true, T> : residual_row<false, T>)(x, gate_copy, residual, y, args.out ? wide : nullptr, n,
+                                                              past && !args.out);
     }
     if (!args.out) continue;
     affine.at(position);
@@ -169,7 +172,7 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
       Out* out = static_cast<Out*>(args.out) + row * n;
       Out* out2 = args.out2 ? static_cast<Out*>(args.out2) + row * n : nullptr;
       const auto normalize = [&]<bool rms>() {
-        if (gated)
+        if (residual)
           norm_row<rms>(wide, next, affine, out, affine2, out2, n, args.eps, past);
         else
           norm_row<rms>(x, next, affine, out, affine2, out2, n, args.eps, past);

@@ -10,7 +10,7 @@ from fastdiff.ops.adaln_modulate import align_modulation, as_row, as_samples, ch
 from fastdiff.ops.gate_residual_backward import gate_residual_backward
 
 
-def check_gated(x: Tensor, gate: Tensor, residual: Tensor) -> None:
+def check_gated(x: Tensor, gate: Tensor | None, residual: Tensor) -> None:
     """Raise ``ValueError`` for arguments that :func:`gate_residual` does not take."""
     full = x.shape
     if not full or not x.is_floating_point():
@@ -19,7 +19,8 @@ def check_gated(x: Tensor, gate: Tensor, residual: Tensor) -> None:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, expected x's {tuple(full)}")
     if not residual.is_floating_point():
         raise ValueError(f"residual is {residual.dtype}, expected floating point")
-    check_modulation("gate", gate.shape, full)
+    if gate is not None:
+        check_modulation("gate", gate.shape, full)
 
 
 @fused_op("(Tensor x, Tensor gate, Tensor residual) -> Tensor")

@@ -35,6 +35,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
         "82f50e7c3c77455f": "0.38.0 0.39.0 0.40.0",
         "3d71d52a1547139f": "0.41.0 0.42.0 0.42.1",
     },
+    "diffusers.models.attention:TemporalBasicTransformerBlock.forward": {
+        "da551a532c1f3928": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
     "diffusers.models.attention_processor:AllegroAttnProcessor2_0.__call__": {
         "91e0ebd9c6c63af9": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
@@ -351,6 +354,9 @@ FINGERPRINTS: dict[str, dict[str, str]] = {
     },
     "diffusers.models.transformers.sana_transformer:SanaTransformerBlock.forward": {
         "ca51fb521a9b5c86": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
+    },
+    "diffusers.models.transformers.stable_audio_transformer:StableAudioDiTBlock.forward": {
+        "59d7a73e5a852a19": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",
     },
     "diffusers.models.transformers.transformer_2d:Transformer2DModel._get_output_for_continuous_inputs": {
         "c0a497a159b1f50f": "0.38.0 0.39.0 0.40.0 0.41.0 0.42.0 0.42.1",

@@ -63,6 +63,21 @@ def test_both_results_are_those_of_the_two_ops(dtype: torch.dtype, layout: str, 
     assert torch.equal(normed, run_kernel(adaln_modulate, y, scale, shift, weight, bias, rms=rms))
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
+@pytest.mark.parametrize("columns", [77, 320, 8195])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_gate(dtype: torch.dtype, columns: int, rms: bool) -> None:
+    """The sum bit for bit torch's, its norm that of the other op."""
+    x, _, residual, *_ = _inputs(torch.Generator().manual_seed(0), dtype, shape=(2, 3, columns))
+    weight, bias = torch.randn(columns), torch.randn(columns).to(dtype)
+    for strided in (x, x.transpose(0, 1)):
+        other = residual if strided is x else residual.transpose(0, 1)
+        y, normed = run_kernel(gate_residual_adaln, strided, None, other, None, None, weight, bias, rms=rms)
+        assert torch.equal(y, strided + other) and y.is_contiguous()
+        assert torch.equal(normed, run_kernel(adaln_modulate, y, None, None, weight, bias, rms=rms))
+
+
 def test_eager_is_what_diffusers_computes() -> None:
     x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), torch.bfloat16)
     y = residual + gate[:, None] * x

@@ -1,4 +1,5 @@
-"""The kernels of the ops on rows (..., D): a gated residual, then a norm with one modulation or two, or one of these.
+"""The kernels of the ops on rows (..., D): a residual, gated or not, then a norm with one modulation or two; or one of
+the two parts alone.
 
 The axes before the last are folded to at most three, for all tensors alike, with strides of their own (0 where a
 tensor is broadcast), so that ``chunk`` slices are read in place.
@@ -79,6 +80,7 @@ def _in_registers(
     target = (i0 * n1 + i1) * n2
     if gate is not None:
         gate += (i0 * g0 + i1 * g1) * VEC
+    if residual is not None:
         residual += (i0 * r0 + i1 * r1) * VEC
     if scale is not None:
         scale += (i0 * a0 + i1 * a1) * VEC
@@ -112,10 +114,12 @@ def _in_registers(
         row_v = row * VEC
         value = _load(x, row_v * x2 + column, valid)
         at = (target + row) * width + column
-        if gate is not None:
-            if PER_ROW:
-                gates = _load(gate, row_v * g2 + column, valid)
-            value = _load(residual, row_v * r2 + column, valid) + gates * value
+        if residual is not None:
+            if gate is not None:
+                if PER_ROW:
+                    gates = _load(gate, row_v * g2 + column, valid)
+                value *= gates
+            value += _load(residual, row_v * r2 + column, valid)
             rounded = _math.cast(value, y.dtype.element_ty)
             tl.store(y + at, rounded, valid)
             value = rounded.to(tl.float32)
@@ -152,6 +156,7 @@ def _in_blocks(
         out2 += target
     if gate is not None:
         gate += (i0 * g0 + i1 * g1 + i2 * g2) * VEC
+    if residual is not None:
         residual += (i0 * r0 + i1 * r1 + i2 * r2) * VEC
         y += target
     if scale is not None:
@@ -169,8 +174,10 @@ def _in_blocks(
     for start in range(0, width, BLOCK):
         inside = column < width - start
         value = _load(x, start + column, inside)
-        if gate is not None:
-            value = _load(residual, start + column, inside) + _load(gate, start + column, inside) * value
+        if residual is not None:
+            if gate is not None:
+                value *= _load(gate, start + column, inside)
+            value += _load(residual, start + column, inside)
             rounded = _math.cast(value, y.dtype.element_ty)
             tl.store(y + start + column, rounded, inside)
             value = rounded.to(tl.float32)
@@ -190,7 +197,7 @@ def _in_blocks(
         rstd = tl.rsqrt(total / width + eps)
         for start in range(0, width, BLOCK):
             inside = column < width - start
-            if gate is not None:
+            if residual is not None:
                 value = _load(y, start + column, inside)
             else:
                 value = _load(x, start + column, inside)
@@ -243,8 +250,8 @@ def run_rows(
     norm: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """``residual + gate * x`` if there is a gate, and its norm with each of at most two modulations (scale, shift)."""
-    y = None if gate is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    """``residual + gate * x`` if there is a residual, and its norm with each of up to two modulations (scale, shift)."""
+    y = None if residual is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
     outs = tuple(torch.empty(x.shape, dtype=out_dtype, device=x.device) for _ in modulations)
     if not x.numel():
         return y, outs

@@ -1,4 +1,4 @@
-"""A gated residual and the norm that follows, in one pass."""
+"""A residual, gated or not, and the norm that follows, in one pass."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastdiff.backends.triton._rows import LAYER_NORM, RMS_NORM, run_rows
 
 def run(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastdiff.patching._patch import Patch
 from fastdiff.patching.blocks.attention import ADDED_KV_ATTENTION, ATTENTION
+from fastdiff.patching.blocks.basic_transformer import BASIC_BLOCK, TEMPORAL_BLOCK
 from fastdiff.patching.blocks.feed_forward import GEGLU
 from fastdiff.patching.blocks.layout import channels_last
 from fastdiff.patching.blocks.norm_out import norm_out
@@ -31,6 +32,8 @@ _SKIP_BLOCKS = ("AttnSkipUpBlock2D", "SkipUpBlock2D")
 BLOCKS = (
     RESNET_BLOCK,
     TRANSFORMER_ENTRANCE,
+    BASIC_BLOCK,
+    TEMPORAL_BLOCK,
     ATTENTION,
     ADDED_KV_ATTENTION,
     GEGLU,

@@ -23,7 +23,7 @@ from fastdiff.patching.blocks.joint_attention import (
     joint_attention,
     why_not,
 )
-from fastdiff.patching.blocks.token_norms import modulated
+from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -55,11 +55,13 @@ def allegro_block(
     )
     x = gated(site, "gate", out, gate, x)
     if self.attn2 is not None:
-        x = x + self.attn2(
+        out = self.attn2(
             x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask,
             image_rotary_emb=None,
         )  # fmt: skip
-    h = modulated(site, "norm before feed-forward", self.norm2, x, mlp_scale, mlp_shift)
+        x, h = added_then_modulated(site, "norm before feed-forward", out, x, self.norm2, mlp_scale, mlp_shift)
+    else:
+        h = modulated(site, "norm before feed-forward", self.norm2, x, mlp_scale, mlp_shift)
     return gated(site, "feed-forward gate", self.ff(h), mlp_gate, x)
 
 

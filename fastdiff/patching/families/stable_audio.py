@@ -1,15 +1,40 @@
-"""``StableAudioDiTModel``: Stable Audio Open. Its blocks' LayerNorms have no modulation and stay."""
+"""``StableAudioDiTModel``: Stable Audio Open."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastdiff.patching.blocks.adaln import block_row, guarded
 from fastdiff.patching.blocks.feed_forward import SWIGLU
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block, head_mask
+from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
+
+_FILE = "diffusers.models.transformers.stable_audio_transformer"
+
+
+@guarded("norm1", "norm2", "norm3")
+def stable_audio_block(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    rotary_embedding: Any = None,
+) -> Tensor:
+    """Replaces ``StableAudioDiTBlock.forward``."""
+    site = self._fastdiff_site
+    h = modulated(site, "norm1", self.norm1, hidden_states)
+    h = self.attn1(h, attention_mask=attention_mask, rotary_emb=rotary_embedding)
+    x, h = added_then_modulated(site, "norm2", h, hidden_states, self.norm2)
+    h = self.attn2(h, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
+    x, h = added_then_modulated(site, "norm3", h, x, self.norm3)
+    result: Tensor = self.ff(h) + x
+    return result
 
 
 def example(model: Any) -> dict[str, Any]:
@@ -26,8 +51,9 @@ def example(model: Any) -> dict[str, Any]:
 
 
 STABLE_AUDIO = Family(
-    model="diffusers.models.transformers.stable_audio_transformer:StableAudioDiTModel",
+    model=f"{_FILE}:StableAudioDiTModel",
     blocks=(
+        block_row(f"{_FILE}:StableAudioDiTBlock", "LayerNorm; residual + LayerNorm", stable_audio_block),
         attention_block(
             LEGACY,
             AttentionRow(

@@ -21,7 +21,7 @@ from fastdiff.patching.blocks.joint_attention import (
     row_of,
     why_not,
 )
-from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated, why_not_norms
+from fastdiff.patching.blocks.token_norms import added_then_modulated, gated_then_modulated, modulated, why_not_norms
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -38,8 +38,8 @@ def _block(block: Any, x: Tensor, text: Tensor, modulation: Any, rotary_emb: Any
         x = h = gated(site, "gate", out, gate, x)
     else:
         x, h = gated_then_modulated(site, "norm2", out, gate, x, block.norm2)
-    x = x + block.attn2(h, text, None, None)
-    h = modulated(site, "norm3", block.norm3, x, scale_mlp, shift_mlp)
+    out = block.attn2(h, text, None, None)
+    x, h = added_then_modulated(site, "norm3", out, x, block.norm3, scale_mlp, shift_mlp)
     return gated(site, "feed-forward gate", block.ffn(h), gate_mlp, x)
 
 
