@@ -250,7 +250,7 @@ def run_rows(
     norm: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """``residual + gate * x`` if there is a residual, and its norm with each of up to two modulations (scale, shift)."""
+    """``residual + gate * x`` if there is a residual, and its norm with each (scale, shift), at most two."""
     y = None if residual is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
     outs = tuple(torch.empty(x.shape, dtype=out_dtype, device=x.device) for _ in modulations)
     if not x.numel():
