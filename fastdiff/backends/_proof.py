@@ -23,7 +23,7 @@ from fastdiff.backends import kernels_of, losses
 #: A backend must be this much faster than eager, over all examples of an op.
 MARGIN = 1.03
 #: How many examples there are in each dtype.
-COUNT = 23
+COUNT = 25
 #: Of attention, so many queries are checked: fp64 holds all logits.
 CHECKED = 256
 
@@ -42,8 +42,9 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         for x in (image, image.to(memory_format=torch.channels_last)):
             yield "group_norm_silu", (x, 32, weight, weight), {"temb": random(2, channels)}
     for width in (1152, 3072):
-        rows, (gate, scale, shift) = random(2, 4096, width), random(2, 3 * width).chunk(3, 1)
+        rows, (gate, scale, shift, scale2) = random(2, 4096, width), random(2, 4 * width).chunk(4, 1)
         yield "adaln_modulate", (rows, scale, shift), {}
+        yield "adaln_modulate_dual", (rows, scale, shift, scale2, gate), {}
         yield "gate_residual", (rows, gate, rows), {}
         yield "gate_residual_adaln", (rows, gate, rows, scale, shift), {}
     yield "geglu", (random(2, 4096, 5120),), {}
