@@ -1,4 +1,5 @@
-// y = residual + gate * x, the gate being 1 if there is none, and out = norm(y) * (1 + scale) + shift, or either alone
+// y = residual + gate * x, the gate being 1 if there is none, and out = norm(y) * (1 + scale) + shift, or either alone;
+// or two such results of one norm
 //
 // A row, of whole packs or one element at a time, is held in the registers of the warps that share it. The mean's rounding
 // error is measured with the variance and taken out of both. Rows too long for that are read twice.
@@ -72,10 +73,11 @@ struct Gated {
   }
 };
 
-// Where a row of what modulates lies, and of the result.
+// Where a row of what modulates lies, and of the result, or of both results if `dual`.
+template <bool dual>
 struct Modulation {
   const cpu::AdalnArgs& args;
-  int64_t row, weight, bias, scale, shift;
+  int64_t row, weight, bias, scale, shift, scale2, shift2;
 
   __device__ __forceinline__ Modulation(const cpu::AdalnArgs& args, const Place& place)
       : args(args),
@@ -83,20 +85,35 @@ struct Modulation {
         weight(place.of(args.weight)),
         bias(place.of(args.bias)),
         scale(place.of(args.scale)),
-        shift(place.of(args.shift)) {}
+        shift(place.of(args.shift)),
+        scale2(dual ? place.of(args.scale2) : 0),
+        shift2(dual ? place.of(args.shift2) : 0) {}
 
   // Of normalised values from column c on.
   template <int width>
   __device__ __forceinline__ void finish(int64_t c, float (&v)[width]) const {
     apply(args.weight.data, args.weight.dtype, weight + c, v, [](float a, float b) { return a * b; });
     apply(args.bias.data, args.bias.dtype, bias + c, v, [](float a, float b) { return a + b; });
-    apply(args.scale.data, args.scale.dtype, scale + c, v, [](float a, float b) { return a * (1.0f + b); });
-    apply(args.shift.data, args.shift.dtype, shift + c, v, [](float a, float b) { return a + b; });
-    with_type(args.out, args.out_dtype, [&](auto* to) { store(to + row * args.columns + c, v); });
+    if constexpr (dual) {
+      float second[width];
+#pragma unroll
+      for (int i = 0; i < width; ++i) second[i] = v[i];
+      modulate(args.scale2, scale2 + c, args.shift2, shift2 + c, second, args.out2, c);
+    }
+    modulate(args.scale, scale + c, args.shift, shift + c, v, args.out, c);
+  }
+
+ private:
+  template <int width>
+  __device__ __forceinline__ void modulate(const Rows& scale, int64_t scale_at, const Rows& shift, int64_t shift_at,
+                                           float (&v)[width], void* out, int64_t c) const {
+    apply(scale.data, scale.dtype, scale_at, v, [](float a, float b) { return a * (1.0f + b); });
+    apply(shift.data, shift.dtype, shift_at, v, [](float a, float b) { return a + b; });
+    with_type(out, args.out_dtype, [&](auto* to) { store(to + row * args.columns + c, v); });
   }
 };
 
-template <class T, int width>
+template <class T, int width, bool dual>
 __global__ void __launch_bounds__(kMaxThreads<width>, 1)  // 1: else ptxas spills for occupancy
     adaln_kernel(const __grid_constant__ cpu::AdalnArgs args, int64_t rows, int axes) {
   constexpr int kPacks = kHeld<width> / width;
@@ -153,7 +170,7 @@ __global__ void __launch_bounds__(kMaxThreads<width>, 1)  // 1: else ptxas spill
   row_sum(sums, scratch[1], warps, threadIdx.y);
   const float error = args.rms ? 0.0f : sums[0] * share;
   const float rstd = inverse_sqrt(sums[1] * share - error * error + args.eps);
-  const Modulation modulation(args, place);
+  const Modulation<dual> modulation(args, place);
 #pragma unroll
   for (int p = 0; p < kPacks; ++p) {
     if (column(p) >= columns) continue;
@@ -165,7 +182,7 @@ __global__ void __launch_bounds__(kMaxThreads<width>, 1)  // 1: else ptxas spill
 
 // A block has a row of any length: it goes over it for y and the moments, and once more for the result. The moments are
 // taken relative to a pivot, the mean of 32 of the values, so that a large mean costs no digits.
-template <class T, int width>
+template <class T, int width, bool dual>
 __global__ void __launch_bounds__(kLongBlock, 1)  // 1: else ptxas spills for occupancy
     adaln_long_kernel(const __grid_constant__ cpu::AdalnArgs args, int axes) {
   FASTDIFF_SHARED(Moments[kLongBlock / kWarp], scratch);
@@ -211,7 +228,7 @@ __global__ void __launch_bounds__(kLongBlock, 1)  // 1: else ptxas spills for oc
   }
   const float rstd = inverse_sqrt(variance + args.eps);
   const T* from = args.residual.data ? gated.y : gated.x;
-  const Modulation modulation(args, place);
+  const Modulation<dual> modulation(args, place);
 #pragma unroll 2
   for (int64_t c = threadIdx.x * width; c < args.columns; c += kLongBlock * width) {
     float v[width];
@@ -231,7 +248,6 @@ bool rows_packable(const Rows& rows) {
 }  // namespace
 
 const char* adaln(const cpu::AdalnArgs& args, Stream stream) {
-  if (args.out2) return "adaln_modulate_dual has no CUDA kernel";
   int64_t rows = 1;
   int axes = 1;
   for (int axis = 0; axis < Rows::kAxes; ++axis) {
@@ -240,17 +256,21 @@ const char* adaln(const cpu::AdalnArgs& args, Stream stream) {
   }
   if (rows == 0 || args.columns == 0) return nullptr;
   bool packs = packable(args.columns, args.x.dtype) && (!args.out || packable(args.columns, args.out_dtype)) &&
-               packable(args.y) && packable(args.out);
-  for (const Rows* t : {&args.x, &args.gate, &args.residual, &args.scale, &args.shift, &args.weight, &args.bias})
+               packable(args.y) && packable(args.out) && packable(args.out2);
+  for (const Rows* t : {&args.x, &args.gate, &args.residual, &args.scale, &args.shift, &args.scale2, &args.shift2,
+                        &args.weight, &args.bias})
     packs = packs && rows_packable(*t);
   return dispatch(args.x.dtype, packs, [&](auto tag, auto width) {
-    if (args.columns > kMaxColumns)
-      return launch(adaln_long_kernel<decltype(tag), width>, rows, dim3(kLongBlock), 0, stream, args, axes);
-    const int64_t wanted = ceil_div(args.columns, kHeld<width>);
-    const unsigned threads = std::max(kWarp, power_of_two(wanted, kMaxThreads<width>));
-    const unsigned rows_per_block = std::max(1u, kBlock / threads);
-    return launch(adaln_kernel<decltype(tag), width>, ceil_div(rows, rows_per_block),
-                  dim3(threads, rows_per_block), 0, stream, args, rows, axes);
+    const auto launch_rows = [&](auto dual) {
+      if (args.columns > kMaxColumns)
+        return launch(adaln_long_kernel<decltype(tag), width, dual>, rows, dim3(kLongBlock), 0, stream, args, axes);
+      const int64_t wanted = ceil_div(args.columns, kHeld<width>);
+      const unsigned threads = std::max(kWarp, power_of_two(wanted, kMaxThreads<width>));
+      const unsigned rows_per_block = std::max(1u, kBlock / threads);
+      return launch(adaln_kernel<decltype(tag), width, dual>, ceil_div(rows, rows_per_block),
+                    dim3(threads, rows_per_block), 0, stream, args, rows, axes);
+    };
+    return args.out2 ? launch_rows(std::true_type{}) : launch_rows(std::false_type{});
   });
 }
 

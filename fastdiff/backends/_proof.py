@@ -45,8 +45,9 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         video = random(1, channels, 5, size, size)
         yield "rms_norm_silu", (video, random(channels), None, 1e-12), {"clamp": True}
     for width in (1152, 3072):
-        rows, (gate, scale, shift) = random(2, 4096, width), random(2, 3 * width).chunk(3, 1)
+        rows, (gate, scale, shift, scale2) = random(2, 4096, width), random(2, 4 * width).chunk(4, 1)
         yield "adaln_modulate", (rows, scale, shift), {}
+        yield "adaln_modulate_dual", (rows, scale, shift, scale2, gate), {}
         yield "gate_residual", (rows, gate, rows), {}
         yield "gate_residual_adaln", (rows, gate, rows, scale, shift), {}
     yield "geglu", (random(2, 4096, 5120),), {}

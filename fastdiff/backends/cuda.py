@@ -115,6 +115,7 @@ _LIMITS: dict[str, Refuse] = {
 #: The ops that have a CUDA kernel.
 OPS = (
     "adaln_modulate",
+    "adaln_modulate_dual",
     "attention",
     "cfg_combine",
     "gate_residual",

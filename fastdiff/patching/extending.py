@@ -29,7 +29,7 @@ from fastdiff.patching._fingerprint import resolve
 from fastdiff.patching.blocks import Block
 from fastdiff.patching.blocks import forward as replaced_forward
 from fastdiff.patching.blocks.adaln import gated, gated_feed_forward, guarded
-from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated, why_not_kinds
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated, modulated_twice, why_not_kinds
 from fastdiff.patching.families import add_block
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "gated_then_modulated",
     "guarded",
     "modulated",
+    "modulated_twice",
     "register_block",
 ]
 

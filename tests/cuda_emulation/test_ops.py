@@ -14,6 +14,7 @@ from fastdiff.backends import cuda
 #: The test files of tests/ops that cover each op.
 FILES = {
     "adaln_modulate": "adaln_modulate",
+    "adaln_modulate_dual": "adaln_modulate_dual",
     "attention": "attention",
     "cfg_combine": "cfg_combine",
     "gate_residual": "gate_residual",

@@ -21,6 +21,7 @@ __all__ = ["NUMBERS", "PRODUCT_ULPS", "TESTS", "host_microseconds", "run_numbers
 #: The files of tests/ops about ops that have a GPU kernel.
 NUMBERS = (
     "adaln_modulate",
+    "adaln_modulate_dual",
     "attention",
     "cfg_combine",
     "gate_residual",

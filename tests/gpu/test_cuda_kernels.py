@@ -43,6 +43,7 @@ def rows(n: int, device: str) -> tuple[torch.Tensor, ...]:
 #: A call of every op on a device, with so many tokens; 1024 is what real models have.
 CALLS: dict[str, Callable[[str, int], tuple[Any, ...]]] = {
     "adaln_modulate": lambda d, n: (randn(2, n, 1152, device=d), *randn(2, 2304, device=d).chunk(2, 1)),
+    "adaln_modulate_dual": lambda d, n: (randn(2, n, 1152, device=d), *randn(2, 4608, device=d).chunk(4, 1)),
     "attention": lambda d, n: tuple(randn(2, m, 8, 40, device=d) for m in (n, 77, 77)),
     "cfg_combine": lambda d, n: (*randn(4, 4, 16, n, device=d).chunk(2), 7.5, 0.7),
     "gate_residual": lambda d, n: rows(n, d),

@@ -29,22 +29,28 @@ SHAPE = (2, 9, 77)
 
 
 def _inputs(
-    dtype: torch.dtype = torch.float32, layout: str = "sample", other: torch.dtype | None = None
+    dtype: torch.dtype = torch.float32,
+    layout: str = "sample",
+    other: torch.dtype | None = None,
+    shape: tuple[int, int, int] = SHAPE,
 ) -> tuple[Tensor, ...]:
     """x, and two scales and shifts as SD3.5 has them: among the nine slices of one projection."""
     generator = torch.Generator().manual_seed(0)
-    shift, scale, _, _, _, _, shift2, scale2, _ = modulations(generator, layout, 9, SHAPE, other or dtype)
-    return rows(generator, *SHAPE, dtype=dtype), scale, shift, scale2, shift2
+    shift, scale, _, _, _, _, shift2, scale2, _ = modulations(generator, layout, 9, shape, other or dtype)
+    return rows(generator, *shape, dtype=dtype), scale, shift, scale2, shift2
 
 
 @pytest.mark.numerics
 @pytest.mark.parametrize("rms", [False, True], ids=["layer_norm", "rms_norm"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "columns"), [*((layout, 77) for layout in LAYOUTS), ("sample", 8195), ("token", 8200)]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_both_results_are_those_of_adaln_modulate(dtype: torch.dtype, layout: str, rms: bool) -> None:
+def test_both_results_are_those_of_adaln_modulate(dtype: torch.dtype, layout: str, columns: int, rms: bool) -> None:
     """Bit for bit; so its numerics tests hold here too."""
-    x, scale, shift, scale2, shift2 = _inputs(dtype, layout, torch.float32)
-    norm: dict[str, Any] = {"weight": torch.randn(SHAPE[-1]), "bias": torch.randn(SHAPE[-1]).to(dtype), "rms": rms}
+    shape = SHAPE if columns == 77 else (2, 1, columns)
+    x, scale, shift, scale2, shift2 = _inputs(dtype, layout, torch.float32, shape)
+    norm: dict[str, Any] = {"weight": torch.randn(columns), "bias": torch.randn(columns).to(dtype), "rms": rms}
     found = run_kernel(adaln_modulate_dual, x, scale, shift, scale2, shift2, **norm)
     for ours, modulation in zip(found, ((scale, shift), (scale2, shift2)), strict=True):
         assert torch.equal(ours, run_kernel(adaln_modulate, x, *modulation, **norm))

@@ -111,15 +111,15 @@ def _in_registers(
         row = (start + tl.arange(0, ROWS))[:, None]
         valid = (row < end) & inside
         row = row.to(tl.int64)
-        row_v = row * VEC
-        value = _load(x, row_v * x2 + column, valid)
+        row_v = row * VEC  # multiplied first, or ptxas spills
+        value = _load(x, row * x2 * VEC + column, valid)
         at = (target + row) * width + column
         if residual is not None:
             if gate is not None:
                 if PER_ROW:
-                    gates = _load(gate, row_v * g2 + column, valid)
+                    gates = _load(gate, row * g2 * VEC + column, valid)
                 value *= gates
-            value += _load(residual, row_v * r2 + column, valid)
+            value += _load(residual, row * r2 * VEC + column, valid)
             rounded = _math.cast(value, y.dtype.element_ty)
             tl.store(y + at, rounded, valid)
             value = rounded.to(tl.float32)

@@ -18,6 +18,7 @@ from fastdiff.patching.blocks.token_norms import (
     added_then_modulated,
     gated_then_modulated,
     modulated,
+    modulated_twice,
     why_not_kinds,
     why_not_norms,
 )
@@ -143,12 +144,11 @@ def zero_single(self: Any, x: Tensor, emb: Any = None) -> tuple[Tensor, Tensor]:
 
 @guarded("norm")
 def zero_x(self: Any, hidden_states: Tensor, emb: Any = None) -> tuple[Tensor, ...]:
-    """Replaces ``SD35AdaLayerNormZeroX.forward``: the norm is computed twice, which is less than one more pass."""
-    site, norm = self._fastdiff_site, self.norm
+    """Replaces ``SD35AdaLayerNormZeroX.forward``: one norm, modulated for each of two attentions."""
     modulation = self.linear(activated_once(self.silu, emb)).chunk(9, dim=1)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp, shift2, scale2, gate2 = modulation
-    x = modulated(site, "norm", norm, hidden_states, scale, shift)
-    x2 = modulated(site, "norm of the second attention", norm, hidden_states, scale2, shift2)
+    pairs = (scale, shift), (scale2, shift2)
+    x, x2 = modulated_twice(self._fastdiff_site, "norm", self.norm, hidden_states, *pairs)
     return x, gate, shift_mlp, scale_mlp, gate_mlp, x2, gate2
 
 
@@ -162,5 +162,5 @@ def continuous(self: Any, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
 _FILE = "diffusers.models.normalization"
 MODULATED = "norm + modulation"
 ADA_LAYER_NORM_ZERO_SINGLE = block_row(f"{_FILE}:AdaLayerNormZeroSingle", MODULATED, zero_single)
-SD35_ADA_LAYER_NORM_ZERO_X = block_row(f"{_FILE}:SD35AdaLayerNormZeroX", MODULATED, zero_x)
+SD35_ADA_LAYER_NORM_ZERO_X = block_row(f"{_FILE}:SD35AdaLayerNormZeroX", "norm + two modulations", zero_x)
 ADA_LAYER_NORM_CONTINUOUS = block_row(f"{_FILE}:AdaLayerNormContinuous", MODULATED, continuous)

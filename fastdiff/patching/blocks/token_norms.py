@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from diffusers.models.normalization import FP32LayerNorm, MochiRMSNorm, RMSNorm
 from torch import Tensor, nn
 
-from fastdiff.ops import adaln_modulate, gate_residual_adaln
+from fastdiff.ops import adaln_modulate, adaln_modulate_dual, gate_residual_adaln
 from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import is_unwatched, why_stock
 
@@ -84,6 +85,13 @@ def modulated(
 ) -> Tensor:
     """``norm(x) * (1 + scale) + shift``."""
     return site.serve(slot, adaln_modulate, x, scale, shift, *parameters_of(norm, x), rms=is_rms(norm))
+
+
+def modulated_twice(
+    site: Site, slot: str, norm: Any, x: Tensor, first: Sequence[Tensor], second: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """``norm(x) * (1 + scale) + shift`` of two pairs of scale and shift."""
+    return site.serve(slot, adaln_modulate_dual, x, *first, *second, *parameters_of(norm, x), rms=is_rms(norm))
 
 
 def gated_then_modulated(

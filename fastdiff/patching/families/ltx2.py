@@ -22,7 +22,13 @@ from fastdiff.patching.blocks.joint_attention import (
     heads_of,
     why_not,
 )
-from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated, parameters_of, why_not_norms
+from fastdiff.patching.blocks.token_norms import (
+    gated_then_modulated,
+    modulated,
+    modulated_twice,
+    parameters_of,
+    why_not_norms,
+)
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 from fastdiff.patching.families.ltx import tables_by_head
@@ -119,29 +125,28 @@ def ltx2_block(
         audio_rotary_emb, audio_self_attention_mask, audio_encoder_attention_mask, **perturbation,
     )  # fmt: skip
     if use_a2v_cross_attention or use_v2a_cross_attention:
+
+        def normed(stream: str, norm: Any, h: Tensor, modulations: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+            """A stream for the video's attention, and for the sound's; both start from here."""
+            slot, pairs = f"{stream} norm of cross-attention", (modulations[:2], modulations[2:4])
+            if use_a2v_cross_attention and use_v2a_cross_attention:
+                return modulated_twice(site, slot, norm, h, *pairs)
+            h = modulated(site, slot, norm, h, *pairs[0 if use_a2v_cross_attention else 1])
+            return h, h
+
         to_video = _crossing(self, "video", temb_ca_scale_shift, temb_ca_gate)
         to_audio = _crossing(self, "audio", temb_ca_audio_scale_shift, temb_ca_audio_gate)
-        before = x, audio  # both directions start from here
-
-        def normed(name: str, first: int) -> tuple[Tensor, Tensor]:
-            rows = (self.audio_to_video_norm, to_video), (self.video_to_audio_norm, to_audio)
-            video, sound = (
-                modulated(site, f"{name}: {stream} norm", norm, h, *modulations[first : first + 2])
-                for stream, h, (norm, modulations) in zip(("video", "audio"), before, rows, strict=True)
-            )
-            return video, sound
-
+        videos = normed("video", self.audio_to_video_norm, x, to_video)
+        sounds = normed("audio", self.video_to_audio_norm, audio, to_audio)
         if use_a2v_cross_attention:
-            video, sound = normed("audio to video", 0)
             out = self.audio_to_video_attn(
-                video, encoder_hidden_states=sound, query_rotary_emb=ca_video_rotary_emb,
+                videos[0], encoder_hidden_states=sounds[0], query_rotary_emb=ca_video_rotary_emb,
                 key_rotary_emb=ca_audio_rotary_emb, attention_mask=a2v_cross_attention_mask,
             )  # fmt: skip
             x = gated(site, "audio to video gate", out, to_video[4], x)
         if use_v2a_cross_attention:
-            video, sound = normed("video to audio", 2)
             out = self.video_to_audio_attn(
-                sound, encoder_hidden_states=video, query_rotary_emb=ca_audio_rotary_emb,
+                sounds[1], encoder_hidden_states=videos[1], query_rotary_emb=ca_audio_rotary_emb,
                 key_rotary_emb=ca_video_rotary_emb, attention_mask=v2a_cross_attention_mask,
             )  # fmt: skip
             audio = gated(site, "video to audio gate", out, to_audio[4], audio)
