@@ -24,8 +24,8 @@ from fastdiff.backends._gpu import (
 from fastdiff.backends.cpu import run_overload
 from fastdiff.backends.losses import first_tensor, is_measured
 
-#: The largest groups of channels, as in csrc/cuda/kernels.h.
-MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS = 1024, 2**31
+#: Elements of a channel of group_norm_silu, as in csrc/cuda/kernels.h.
+MAX_PIXELS = 2**31
 
 
 def why_not() -> str | None:
@@ -77,13 +77,8 @@ def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
     return why_torch_attends(q, k, _torch_depths(q.device), TORCH_ATTENTION_SOURCE)
 
 
-def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> str | None:
-    channels = x.shape[1] // num_groups
-    if channels > MAX_GROUP_CHANNELS:
-        return f"a group has {channels} channels, more than {MAX_GROUP_CHANNELS}"
-    if channels * x.shape[2:].numel() >= MAX_GROUP_ELEMENTS:
-        return "a group has 2^31 elements or more"
-    return None
+def _image_too_large(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return "a channel has 2^31 elements or more" if x.shape[2:].numel() >= MAX_PIXELS else None
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
@@ -104,7 +99,7 @@ def _qk_norm_rope(*args: Any, **kwargs: Any) -> str | None:
 #: What these kernels refuse beyond what all GPU kernels do.
 _LIMITS: dict[str, Refuse] = {
     "attention": _attention,
-    "group_norm_silu": _group_too_large,
+    "group_norm_silu": _image_too_large,
     "qk_norm_rope": _qk_norm_rope,
 }
 #: The ops that have a CUDA kernel.
