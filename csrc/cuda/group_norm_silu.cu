@@ -10,6 +10,9 @@
 namespace fastdiff::cuda {
 namespace {
 
+// Blocks of a multiprocessor: left to choose, the compiler would spill for more.
+constexpr int kChunkBlocks = 4, kTileBlocks = 2;
+
 // Channel-major: a group is one run of memory. Block: chunk blockIdx.x % chunks of group blockIdx.x / chunks.
 template <class T, int width>
 struct Chunk {
@@ -95,14 +98,14 @@ __global__ void __launch_bounds__(kBlock) moments_kernel(const __grid_constant__
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) map_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kBlock, kChunkBlocks) map_kernel(const __grid_constant__ Problem p) {
   const Chunk<T, width> c(p);
   const Moments m = merge_stored(p.partial(c.b, c.g), p.pieces, kStored);
   c.map(p.stored_pivot(c.b, c.g), m);
 }
 
 template <class T, int width>
-__global__ void __launch_bounds__(kBlock) whole_kernel(const __grid_constant__ Problem p) {
+__global__ void __launch_bounds__(kBlock, kChunkBlocks) whole_kernel(const __grid_constant__ Problem p) {
   const Chunk<T, width> c(p);
   const float pivot = p.new_pivot<T>(c.b, c.g);
   c.map(pivot, c.moments(pivot));
@@ -110,7 +113,6 @@ __global__ void __launch_bounds__(kBlock) whole_kernel(const __grid_constant__ P
 
 // Pixel-major: a block has a tile of channels and a chunk of pixels; a thread has a pack of channels and every
 // rows-th pixel.
-constexpr int kTileBlocks = 2;  // of a multiprocessor; left to choose, the compiler would spill for 4
 struct TilePlace {
   uint32_t chunk, piece, b;
   int64_t first_pixel, end_pixel;

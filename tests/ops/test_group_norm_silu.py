@@ -130,8 +130,8 @@ class TestNumerics:
         """More than a block has threads: in whole packs, and not."""
         tokens = layout == "tokens"
         layout = "contiguous" if tokens else layout
-        arguments = case((1, channels, *pixels), groups, dtype, layout=layout, modulation=dtype, tokens=tokens, offset=20)
-        assert_numerics(group_norm_silu, arguments)
+        options = {"layout": layout, "modulation": dtype, "tokens": tokens, "offset": 20}
+        assert_numerics(group_norm_silu, case((1, channels, *pixels), groups, dtype, **options))
 
     def test_no_affine(self, dtype: torch.dtype) -> None:
         assert_numerics(group_norm_silu, case((2, 16, 5, 5), 4, dtype, affine=None))
