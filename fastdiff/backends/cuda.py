@@ -15,6 +15,7 @@ from fastdiff import _extension
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._facts import fact
 from fastdiff.backends._gpu import (
+    DTYPES,
     FEW_KEYS,
     TORCH_ATTENTION,
     TORCH_ATTENTION_SOURCE,
@@ -26,6 +27,8 @@ from fastdiff.backends.losses import first_tensor, is_measured
 
 #: Elements of a channel of group_norm_silu, as in csrc/cuda/kernels.h.
 MAX_PIXELS = 2**31
+#: Rotary tables are rounded to fp32 where they are finer.
+TABLE_DTYPES = DTYPES | {torch.float64}
 
 
 def why_not() -> str | None:
@@ -81,26 +84,9 @@ def _image_too_large(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return "a channel has 2^31 elements or more" if x.shape[2:].numel() >= MAX_PIXELS else None
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
-    keys = k.shape[1]
-    if attn_mask is not None and (attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1)):
-        return "attn_mask is broadcast along the keys or not contiguous along them"
-    return None
-
-
-def _qk_norm_rope(*args: Any, **kwargs: Any) -> str | None:
-    for position, name in ((6, "cos"), (7, "sin")):
-        table = kwargs.get(name, args[position] if len(args) > position else None)
-        if table is not None and table.dtype != torch.float32:
-            return f"a rotary table is {str(table.dtype)[6:]}"
-    return None
-
-
 #: What these kernels refuse beyond what all GPU kernels do.
 _LIMITS: dict[str, Refuse] = {
-    "attention": _attention,
     "group_norm_silu": _image_too_large,
-    "qk_norm_rope": _qk_norm_rope,
 }
 #: The ops that have a CUDA kernel.
 OPS = (
@@ -120,7 +106,7 @@ OPS = (
 
 def refuse_table(device: str) -> dict[str, Refuse]:
     """What the kernels refuse, by op, of tensors on ``device`` (the emulation of the kernels takes them on the CPU)."""
-    shared = refusals(device)
+    shared = refusals(device, TABLE_DTYPES)
 
     def refuse(op: str) -> Refuse:
         general, limit = shared[op], _LIMITS.get(op)
