@@ -6,12 +6,12 @@ namespace fastdiff::cpu {
 
 struct AttentionArgs {
   const void *q, *k, *v;  // (batch, sequence, head, depth); the last axis is contiguous
-  const void* mask;       // null, or (batch, head, query, key), the last axis contiguous
+  const void* mask;       // null, or (batch, head, query, key); on a CPU the last axis is contiguous
   void* out;              // (batch, query, head, depth), contiguous
   float* lse;             // null, or (batch, query, head): natural log of the sum of exponentials
   int64_t batch, heads, queries, keys, depth;
   int64_t q_strides[3], k_strides[3], v_strides[3];  // of batch, sequence and head, in elements
-  int64_t mask_strides[3];                           // of batch, head and query; 0 where broadcast
+  int64_t mask_strides[4];                           // of batch, head, query and key; 0 where broadcast
   float scale;                                       // not negative
   int threads;
   bool causal;

@@ -47,7 +47,8 @@ struct Rotation {
     if (offset == offset_) return;
     offset_ = offset;
     const int64_t width = args.width, half = width / 2;
-    const float *cosine = args.cosine + offset, *sine = args.sine ? args.sine + offset : nullptr;
+    const float* cosine = static_cast<const float*>(args.cosine) + offset;
+    const float* sine = args.sine ? static_cast<const float*>(args.sine) + offset : nullptr;
     for (int64_t i = 0; i < width; ++i) {
       const int64_t pair = args.interleaved ? i / 2 : i % half;
       const bool is_first = args.interleaved ? i % 2 == 0 : i < half;

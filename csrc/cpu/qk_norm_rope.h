@@ -28,8 +28,10 @@ struct QkNormRopeArgs {
   bool norm, rms, across_heads;  // across_heads: one norm over H and D
   float eps;
   // Tokens [first, first + rotated) are rotated in their first `width` elements; null: none.
-  const float *cosine = nullptr, *sine = nullptr;  // sine null: cosine holds (cosine, sine) pairs
-  int64_t table_stride[3] = {};                    // of batch, token and head
+  const void *cosine = nullptr, *sine = nullptr;  // sine null: cosine holds (cosine, sine) pairs
+  DType table_dtype = DType::f32;                 // on a CPU fp32 only
+  bool table_is_f64 = false;
+  int64_t table_stride[3] = {};  // of batch, token and head
   int64_t first = 0, rotated = 0, width = 0;
   bool interleaved = true;  // pairs are (2i, 2i+1), else (i, i + width/2)
 };

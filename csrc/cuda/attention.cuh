@@ -121,7 +121,7 @@ __device__ __forceinline__ int blocks_seen(const AttentionArgs& args, const Atte
 __device__ __forceinline__ float masked(const AttentionArgs& args, int64_t mask, int64_t query, int64_t key, float s) {
   if (key >= args.keys || (args.causal && key > query)) return -INFINITY;
   if (!args.mask || query >= args.queries) return s;
-  const int64_t at = mask + query * args.mask_strides[2] + key;
+  const int64_t at = mask + query * args.mask_strides[2] + key * args.mask_strides[3];
   s *= args.scale;
   if (args.mask_is_bool) {
     const uint8_t* attend = static_cast<const uint8_t*>(args.mask) + at;

@@ -13,25 +13,30 @@ namespace {
 using Args = cpu::GroupNormSiluArgs;
 
 constexpr int kBlock = 256;
+static_assert(kMaxGroupChannels <= kBlock * kMaxChunks);
 constexpr int64_t kChunk = 4096;  // a block's elements at least
-#ifdef FASTDIFF_CUDA_EMULATION
-constexpr int64_t kWhole = 2048;  // so that small tensors go both ways
+#ifdef FASTDIFF_CUDA_EMULATION  // so that small tensors go all ways
+constexpr int64_t kWhole = 2048;
+constexpr int kMaps = 16;
 #else
-constexpr int64_t kWhole = 32768;  // a second launch costs more than a block that does all of these
+constexpr int64_t kWhole = 32768;  // elements: a second launch costs more than a block that does all of these
+constexpr int kMaps = 1024;        // channels that a block has the maps of at a time
 #endif
 
-// What the kernels share. Group g of sample b has the moments of its `chunks`, and its pivot, at partial(b, g).
+// What the kernels share. Group g of sample b has the moments of its `pieces`, and its pivot, at partial(b, g).
 struct Problem {
   Args args;
   float* workspace;
   int64_t chunk;  // elements of a group (channel-major), or pixels (pixel-major)
-  uint32_t chunks;
+  uint32_t chunks, pieces;
   int group_size;  // channels
-  int tile;        // pixel-major: channels of a block, whole groups and whole packs
-  uint32_t tiles;
+  // Pixel-major: a block has a tile of channels, in whole packs: whole groups, or one of several parts of a large one.
+  // `stretch`: the channels that `parts` tiles have.
+  int tile, stretch;
+  uint32_t tiles, parts;
 
   __device__ __forceinline__ float* partial(int64_t b, int64_t g) const {
-    return workspace + kStored * chunks * (b * args.groups + g);
+    return workspace + kStored * pieces * (b * args.groups + g);
   }
   template <class T>
   __device__ __forceinline__ const T* x(int64_t b) const {

@@ -36,9 +36,9 @@ inline int64_t workspace_size(const cpu::CfgCombineArgs& args) {
 
 // The longest row of a norm of qk_norm_rope: it is held in registers.
 constexpr int64_t kMaxNormed = 16384;
-// The largest group of group_norm_silu, in channels and in elements.
-constexpr int64_t kMaxGroupChannels = 1024;
-constexpr int64_t kMaxGroupElements = int64_t{1} << 31;
+// The largest group of group_norm_silu in channels, and its largest channel.
+constexpr int64_t kMaxGroupChannels = 256 * kMaxChunks;
+constexpr int64_t kMaxPixels = int64_t{1} << 31;
 // The most channels of rms_norm_silu: shared memory has a map of each.
 constexpr int64_t kMaxRmsChannels = 4096;
 

@@ -27,31 +27,34 @@ struct Normal {
   }
 };
 
+// Elements of a table, rounded to fp32: finer ones would be lost in the products with what is.
+template <int width>
+__device__ __forceinline__ void load_table(const Args& args, const void* table, int64_t at, float (&v)[width]) {
+  if (args.table_is_f64) load(static_cast<const double*>(table) + at, v);
+  else with_type(table, args.table_dtype, [&](auto* p) { load(p + at, v); });
+}
+
 // Cosines and sines of `width` elements from i on; the sines of a pair's first elements negated.
 template <int width>
 __device__ __forceinline__ void rotation(const Args& args, int64_t at, int i, float (&c)[width], float (&s)[width]) {
   const int half = static_cast<int>(args.width / 2);
   if (args.sine) {
-    load(args.cosine + at + i, c);
-    load(args.sine + at + i, s);
+    load_table(args, args.cosine, at + i, c);
+    load_table(args, args.sine, at + i, s);
   } else if (width == 1) {
-    const int pair = args.interleaved ? i / 2 : i % half;
-    c[0] = load_one(args.cosine + at + 2 * pair), s[0] = load_one(args.cosine + at + 2 * pair + 1);
+    const int64_t pair = at + 2 * (args.interleaved ? i / 2 : i % half);
+    load_table(args, args.cosine, pair, c);
+    load_table(args, args.cosine, pair + 1, s);
   } else if (args.interleaved) {
     float pairs[width];
-    load(args.cosine + at + i, pairs);
+    load_table(args, args.cosine, at + i, pairs);
 #pragma unroll
     for (int k = 0; k < width; ++k) c[k] = pairs[k & ~1], s[k] = pairs[k | 1];
   } else {
-    float pairs[2][width];
-    const float* from = args.cosine + at + 2 * (i < half ? i : i - half);
-    load(from, pairs[0]);
-    load(from + width, pairs[1]);
+    float pairs[2 * width];
+    load_table(args, args.cosine, at + 2 * (i < half ? i : i - half), pairs);
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      const int at = 2 * k % width;
-      c[k] = pairs[2 * k / width][at], s[k] = pairs[2 * k / width][at + 1];
-    }
+    for (int k = 0; k < width; ++k) c[k] = pairs[2 * k], s[k] = pairs[2 * k + 1];
   }
 #pragma unroll
   for (int k = 0; k < width; ++k)
@@ -164,7 +167,7 @@ bool whole_packs(const Args& args) {
       fits = fits && packable(part.data) && packable(part.weight) && packable(part.bias);
       for (int64_t stride : part.stride) fits = fits && packable(stride, args.dtype);
     }
-  for (int64_t stride : args.table_stride) fits = fits && packable(stride, DType::f32);
+  for (int64_t stride : args.table_stride) fits = fits && packable(stride, args.table_dtype);
   return fits && packable(args.interleaved ? args.width : args.width / 2, args.dtype);
 }
 

@@ -15,11 +15,9 @@ void set_strides(const Tensor& t, const char* name, int64_t (&strides)[3]) {
 }
 
 void set_mask(const Tensor& mask, const Tensor& q, cpu::AttentionArgs& args) {
-  const int64_t dim = mask.dim(), full[] = {args.batch, args.heads, args.queries};
-  STD_TORCH_CHECK(dim >= 2 && dim <= 4 && mask.size(dim - 1) == args.keys &&
-                      (mask.stride(dim - 1) == 1 || args.keys == 1),
-                  "fastdiff: attention takes a mask with a contiguous last axis of one element per key");
-  for (int64_t i = 0; i < 3; ++i) {
+  const int64_t dim = mask.dim(), full[] = {args.batch, args.heads, args.queries, args.keys};
+  STD_TORCH_CHECK(dim >= 2 && dim <= 4, "fastdiff: attention takes a mask with two to four axes");
+  for (int64_t i = 0; i < 4; ++i) {
     const int64_t axis = i - (4 - dim), size = axis < 0 ? 1 : mask.size(axis);
     STD_TORCH_CHECK(size == 1 || size == full[i], "fastdiff: attention's mask does not broadcast to the logits");
     args.mask_strides[i] = size == 1 ? 0 : mask.stride(axis);
@@ -61,8 +59,13 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   args.q = data_of(q, q, "q"), args.k = data_of(k, q, "k"), args.v = data_of(v, q, "v");
   args.out = data_of(out);
   args.lse = return_lse ? static_cast<float*>(data_of(lse)) : nullptr;
+  const auto on_cpu = [&] {
+    STD_TORCH_CHECK(!args.mask || args.mask_strides[3] == 1 || args.keys == 1,
+                    "fastdiff: attention takes a mask with a contiguous last axis of one element per key on a CPU");
+    return cpu::attention(args);
+  };
   if (args.batch * args.heads * args.queries > 0)
-    run("attention", q, [&] { return cpu::attention(args); }, [&](cuda::Stream s) { return cuda::attention(args, s); });
+    run("attention", q, on_cpu, [&](cuda::Stream s) { return cuda::attention(args, s); });
   return {std::move(out), std::move(lse)};
 }
 

@@ -50,9 +50,11 @@ class Call {
     if (!cosine) return;
     const int64_t pairs = sine ? 0 : 1, rank = cosine->dim() - pairs, last = cosine->dim() - 1;
     const int64_t full[] = {args.batch, tokens(0), args.joint[0].heads};
-    STD_TORCH_CHECK((rank == 2 || rank == 4) && cosine->scalar_type() == ScalarType::Float &&
-                        cosine->stride(last) == 1 && (sine || (cosine->size(last) == 2 && cosine->stride(last - 1) == 2)),
-                    "fastdiff: qk_norm_rope takes float32 tables with a contiguous last axis");
+    STD_TORCH_CHECK((rank == 2 || rank == 4) && cosine->stride(last) == 1 &&
+                        (sine || (cosine->size(last) == 2 && cosine->stride(last - 1) == 2)),
+                    "fastdiff: qk_norm_rope takes tables with a contiguous last axis");
+    args.table_is_f64 = cosine->scalar_type() == ScalarType::Double;
+    if (!args.table_is_f64) args.table_dtype = dtype_of(*cosine, "cos");
     args.width = cosine->size(rank - 1) * (1 + pairs);
     args.rotated = cosine->size(rank == 2 ? 0 : 1);
     args.first = start;
@@ -66,13 +68,13 @@ class Call {
       args.table_stride[axis] = cosine->stride(own);
     }
     if (sine) {
-      fits = fits && sine->dim() == cosine->dim() && sine->scalar_type() == ScalarType::Float;
+      fits = fits && sine->dim() == cosine->dim() && sine->scalar_type() == cosine->scalar_type();
       for (int64_t i = 0; fits && i <= last; ++i)
         fits = sine->size(i) == cosine->size(i) && (sine->stride(i) == cosine->stride(i) || sine->size(i) == 1);
-      args.sine = static_cast<const float*>(data_of(*sine, like_, "sin"));
+      args.sine = data_of(*sine, like_, "sin");
     }
     STD_TORCH_CHECK(fits, "fastdiff: qk_norm_rope's tables do not fit q and k, or cos and sin differ in layout");
-    args.cosine = static_cast<const float*>(data_of(*cosine, like_, "cos"));
+    args.cosine = data_of(*cosine, like_, "cos");
     args.interleaved = interleaved;
   }
 
@@ -110,8 +112,12 @@ std::tuple<Tensor, Tensor> qk_norm_rope(const Tensor& q, const Tensor& k, const 
   }
   call.rope(cos, sin, rope_start, interleaved);
   Tensor q_out = call.output(0), k_out = call.output(1);
-  run("qk_norm_rope", q, [&] { return cpu::qk_norm_rope(call.args); },
-      [&](cuda::Stream s) { return cuda::qk_norm_rope(call.args, s); });
+  const auto on_cpu = [&] {
+    STD_TORCH_CHECK(!call.args.table_is_f64 && call.args.table_dtype == cpu::DType::f32,
+                    "fastdiff: qk_norm_rope takes float32 tables on a CPU");
+    return cpu::qk_norm_rope(call.args);
+  };
+  run("qk_norm_rope", q, on_cpu, [&](cuda::Stream s) { return cuda::qk_norm_rope(call.args, s); });
   return {q_out, k_out};
 }
 

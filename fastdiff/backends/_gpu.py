@@ -77,21 +77,23 @@ def _broadcast(outer: torch.Size, layout: Layout | None) -> list[int]:
     return [0 if n == 1 else s for n, s in zip(size[: len(outer)], stride, strict=False)]
 
 
-def refusals(device: str) -> dict[str, Refuse]:
+def refusals(device: str, table_dtypes: frozenset[torch.dtype] = DTYPES) -> dict[str, Refuse]:
     """What no GPU kernel takes, by op: functions of the op's arguments, as :class:`fastdiff.backends.Kernel` wants.
 
     Args:
         device: the device type the tensors must be on.
+        table_dtypes: what rotary tables may be of.
     """
 
+    def apart(x: Tensor, *others: Tensor | None) -> str | None:
+        index = x.get_device()
+        for t in others:
+            if t is not None and t.get_device() != index:
+                return f"tensors are on {x.device} and {t.device}"
+        return None
+
     def reason(x: Tensor, *others: Tensor | None) -> str | None:
-        found = tensor_reason(device, DTYPES, x, *others)
-        if found is None and device != "cpu":
-            index = x.get_device()
-            for t in others:
-                if t is not None and t.get_device() != index:
-                    return f"tensors are on {x.device} and {t.device}"
-        return found
+        return tensor_reason(device, DTYPES, x, *others) or apart(x, *others)
 
     def rows(x: Tensor, *tensors: Tensor | None) -> str | None:
         for t in (x, *tensors):
@@ -242,9 +244,7 @@ def refusals(device: str) -> dict[str, Refuse]:
             return "the last axis of q, k or v is not contiguous"
         if scale is not None and not scale > 0:
             return f"scale is {scale}, not positive"
-        if attn_mask is not None and attn_mask.get_device() != q.get_device():
-            return f"tensors are on {q.device} and {attn_mask.device}"
-        return reason(q, k, v) or tensor_reason(device, MASK_DTYPES, attn_mask)
+        return reason(q, k, v) or tensor_reason(device, MASK_DTYPES, attn_mask) or apart(q, attn_mask)
 
     def swiglu(gate: Tensor, x: Tensor) -> str | None:
         for t in (gate, x):
@@ -286,7 +286,8 @@ def refusals(device: str) -> dict[str, Refuse]:
                 return "a rotary table's last axis is not contiguous"
             if sin is not None and sin.stride() != cos.stride():
                 return "cos and sin are laid out differently"
-        return reason(q, k, text_q, text_k, *affine, cos, sin)
+        found = reason(q, k, text_q, text_k, *affine)
+        return found or tensor_reason(device, table_dtypes, cos, sin) or apart(q, cos, sin)
 
     return {
         "adaln_modulate": adaln_modulate,

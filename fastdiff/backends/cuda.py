@@ -15,6 +15,7 @@ from fastdiff import _extension
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._facts import fact
 from fastdiff.backends._gpu import (
+    DTYPES,
     FEW_KEYS,
     TORCH_ATTENTION,
     TORCH_ATTENTION_SOURCE,
@@ -24,8 +25,10 @@ from fastdiff.backends._gpu import (
 from fastdiff.backends.cpu import run_overload
 from fastdiff.backends.losses import first_tensor, is_measured
 
-#: The largest groups of channels, as in csrc/cuda/kernels.h.
-MAX_GROUP_CHANNELS, MAX_GROUP_ELEMENTS, MAX_RMS_CHANNELS = 1024, 2**31, 4096
+#: Elements of a channel of group_norm_silu, and channels of rms_norm_silu, as in csrc/cuda/kernels.h.
+MAX_PIXELS, MAX_RMS_CHANNELS = 2**31, 4096
+#: Rotary tables are rounded to fp32 where they are finer.
+TABLE_DTYPES = DTYPES | {torch.float64}
 
 
 def why_not() -> str | None:
@@ -77,39 +80,17 @@ def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
     return why_torch_attends(q, k, _torch_depths(q.device), TORCH_ATTENTION_SOURCE)
 
 
-def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> str | None:
-    channels = x.shape[1] // num_groups
-    if channels > MAX_GROUP_CHANNELS:
-        return f"a group has {channels} channels, more than {MAX_GROUP_CHANNELS}"
-    if channels * x.shape[2:].numel() >= MAX_GROUP_ELEMENTS:
-        return "a group has 2^31 elements or more"
-    return None
+def _image_too_large(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return "a channel has 2^31 elements or more" if x.shape[2:].numel() >= MAX_PIXELS else None
 
 
 def _too_many_channels(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return f"there are {x.shape[1]} channels, more than {MAX_RMS_CHANNELS}" if x.shape[1] > MAX_RMS_CHANNELS else None
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
-    keys = k.shape[1]
-    if attn_mask is not None and (attn_mask.shape[-1] != keys or (attn_mask.stride(-1) != 1 and keys > 1)):
-        return "attn_mask is broadcast along the keys or not contiguous along them"
-    return None
-
-
-def _qk_norm_rope(*args: Any, **kwargs: Any) -> str | None:
-    for position, name in ((6, "cos"), (7, "sin")):
-        table = kwargs.get(name, args[position] if len(args) > position else None)
-        if table is not None and table.dtype != torch.float32:
-            return f"a rotary table is {str(table.dtype)[6:]}"
-    return None
-
-
 #: What these kernels refuse beyond what all GPU kernels do.
 _LIMITS: dict[str, Refuse] = {
-    "attention": _attention,
-    "group_norm_silu": _group_too_large,
-    "qk_norm_rope": _qk_norm_rope,
+    "group_norm_silu": _image_too_large,
     "rms_norm_silu": _too_many_channels,
 }
 #: The ops that have a CUDA kernel.
@@ -132,7 +113,7 @@ OPS = (
 
 def refuse_table(device: str) -> dict[str, Refuse]:
     """What the kernels refuse, by op, of tensors on ``device`` (the emulation of the kernels takes them on the CPU)."""
-    shared = refusals(device)
+    shared = refusals(device, TABLE_DTYPES)
 
     def refuse(op: str) -> Refuse:
         general, limit = shared[op], _LIMITS.get(op)

@@ -234,6 +234,27 @@ def test_large_logits(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.numerics
+@pytest.mark.skipif(BACKEND == "cpu", reason="on a CPU masks are contiguous along the keys")
+@pytest.mark.parametrize("sizes", [(2, 70, 90, 2, 40), (2, 3, 300, 2, 64)], ids=["queries", "few queries"])
+@pytest.mark.parametrize("kind", ["bool", "additive", "bool, strided", "additive, strided"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masks_not_contiguous_along_the_keys(dtype: torch.dtype, kind: str, sizes: tuple[int, ...]) -> None:
+    """Broadcast along them, or strided: bit for bit what the same mask gives when it is contiguous."""
+    batch, queries, keys, heads, _ = sizes
+    args, kwargs = one(sizes, dtype)
+    shape = (batch, heads, keys, queries) if "strided" in kind else (batch, 1, 1, queries)
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0)).transpose(-1, -2)
+    mask = values > 0 if "bool" in kind else 3 * values.to(dtype)
+    assert mask.stride(-1) != 1
+    whole = mask.expand(batch, heads, queries, keys).contiguous()
+    for got, want in zip(
+        run_kernel(attention, *args, mask, **kwargs), run_kernel(attention, *args, whole, **kwargs), strict=True
+    ):
+        assert torch.equal(got, want)
+    assert not torch.equal(want, run_kernel(attention, *args, **kwargs)[1])  # the mask counts
+
+
+@pytest.mark.numerics
 def test_mask_of_nan_with_all_bits_set() -> None:
     (q, k, v), _ = one((1, 6, 5, 2, 8), torch.bfloat16)
     mask = torch.full((6, 5), -1, dtype=torch.int32).view(torch.float32)

@@ -120,6 +120,19 @@ class TestNumerics:
 
         assert_numerics(group_norm_silu, arguments)
 
+    @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
+    @pytest.mark.parametrize(
+        ("channels", "groups", "pixels"), [(2560, 1, (3,)), (2056, 2, (2, 4)), (2062, 2, (3,))], ids=str
+    )
+    def test_groups_of_many_channels(
+        self, dtype: torch.dtype, layout: str, channels: int, groups: int, pixels: tuple[int, ...]
+    ) -> None:
+        """More than a block has threads: in whole packs, and not."""
+        tokens = layout == "tokens"
+        layout = "contiguous" if tokens else layout
+        options = {"layout": layout, "modulation": dtype, "tokens": tokens, "offset": 20}
+        assert_numerics(group_norm_silu, case((1, channels, *pixels), groups, dtype, **options))
+
     def test_no_affine(self, dtype: torch.dtype) -> None:
         assert_numerics(group_norm_silu, case((2, 16, 5, 5), 4, dtype, affine=None))
 

@@ -12,7 +12,9 @@ from diffusers.models.normalization import RMSNorm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import (
+    BACKEND,
     DTYPES,
+    INTERPRETED,
     Arguments,
     assert_compiles,
     assert_gradients,
@@ -26,6 +28,8 @@ from fastdiff.ops import qk_norm_rope
 
 pytestmark = pytest.mark.kernel
 
+#: Of rotary tables, beside float32. The interpreter has no bfloat16, and Triton's kernels refuse float64.
+TABLE_DTYPES = [torch.float16, torch.bfloat16, torch.float64][: 1 if INTERPRETED else 2 if BACKEND == "triton" else 3]
 B, S, TEXT, H, D = 2, 5, 3, 3, 22  # neither D nor H D a multiple of a register
 
 #: name -> how queries and keys are made into what attention takes; see :func:`_arguments`.
@@ -128,6 +132,26 @@ def test_sizes_of_models(heads: int, depth: int, width: int, across: bool) -> No
         assert_numerics(
             qk_norm_rope, functools.partial(arguments, dtype=dtype, interleaved=interleaved, joined=joined)
         )
+
+
+@pytest.mark.numerics
+@pytest.mark.skipif(BACKEND == "cpu", reason="on a CPU tables are float32")
+@pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
+@pytest.mark.parametrize("joined", [False, True], ids=["tables", "pairs"])
+@pytest.mark.parametrize("depth", [22, 128])
+def test_tables_of_another_dtype(depth: int, joined: bool, table_dtype: torch.dtype) -> None:
+    """Without a norm, whose own error would hide the tables'; of whole packs and not."""
+
+    def arguments(generator: torch.Generator, dtype: torch.dtype, interleaved: bool) -> Arguments:
+        q, k = (torch.randn(2, 5, 3, depth, generator=generator).to(dtype) for _ in range(2))
+        angle = 3 * torch.randn(5, depth // (2 if joined else 1), generator=generator, dtype=torch.float64)
+        table = torch.stack((angle.cos(), angle.sin()), -1).to(table_dtype)
+        tables = {"cos": table} if joined else {"cos": table[..., 0].contiguous(), "sin": table[..., 1].contiguous()}
+        return (q, k), tables | {"eps": None, "interleaved": interleaved}
+
+    for dtype in DTYPES:
+        for interleaved in (False, True):
+            assert_numerics(qk_norm_rope, functools.partial(arguments, dtype=dtype, interleaved=interleaved))
 
 
 @pytest.mark.numerics
