@@ -72,13 +72,13 @@ def register_block(
         if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
             raise TypeError(f"{name} is {cls!r}; expected a subclass of torch.nn.Module")
     names = {name: _importable(name, value) for name, value in (("block", block), ("forward", forward))}
-    norms = getattr(forward, "norms", ())
+    norms_of = getattr(forward, "norms_of", lambda module: ())
     row = Block(
         cls=names["block"],
         what=what,
         sources=(),
         methods=replaced_forward(forward),
-        refuse=lambda module: _why_other(module, block) or why_not_kinds(*[getattr(module, norm) for norm in norms]),
+        refuse=lambda module: _why_other(module, block) or why_not_kinds(*norms_of(module)),
     )
     add_block(_importable("model", model), row, example)
 

@@ -83,6 +83,7 @@ NEEDS_NORMS = {
     "ResnetBlock2D": "^a norm has hooks$",
     "GroupNorm": "hooks$",
     "Transformer2DModel": "^a norm has hooks$",
+    "BasicTransformerBlock": "^a norm has hooks$",
 }
 
 HAZARDS: dict[str, Hazard] = {

@@ -194,9 +194,11 @@ def _picture(generator: torch.Generator, dtype: torch.dtype) -> dict[str, Any]:
 
 CASES = [
     Case("SD1.5", sd15_unet, _text(),
-         {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8, "GEGLU": 4, "GroupNorm": 1}, 0.20),
+         {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 8,
+          "BasicTransformerBlock": 4, "GEGLU": 4, "GroupNorm": 1}, 0.24),
     Case("SDXL", sdxl_unet, _text(added=True),
-         {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 16, "GEGLU": 8, "GroupNorm": 1}, 0.20),
+         {"ResnetBlock2D": 8, "Transformer2DModel": 4, "Attention": 16,
+          "BasicTransformerBlock": 8, "GEGLU": 8, "GroupNorm": 1}, 0.25),
     Case("DDPM", ddpm_unet, _noise(3, 8), {"ResnetBlock2D": 8, "Attention": 4, "GroupNorm": 1}, 0.34),
     Case("improved DDPM", improved_ddpm_unet, _noise(3, 8),
          {"ResnetBlock2D": 10, "Attention": 4, "GroupNorm": 1}, 0.40),

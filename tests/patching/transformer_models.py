@@ -244,7 +244,7 @@ TRANSFORMERS = [
     Transformer("Latte", LatteTransformer3DModel, _LATTE, {"num_layers": 28}, 0.3,
                 {"BasicTransformerBlock": 4, "Attention": 6, "GELU": 4}),
     Transformer("Stable Audio", StableAudioDiTModel, _STABLE_AUDIO, {"num_layers": 24}, 0.35,
-                {"Attention": 4, "SwiGLU": 2}),
+                {"StableAudioDiTBlock": 2, "Attention": 4, "SwiGLU": 2}),
     Transformer("CogView4", CogView4Transformer2DModel, _COGVIEW4, {"num_layers": 28}, 0.5,
                 {"CogView4TransformerBlock": 2, "CogView4AdaLayerNormZero": 2, "Attention": 2, "GELU": 2,
                  "CogView4AdaLayerNormContinuous": 1}),

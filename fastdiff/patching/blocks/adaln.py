@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastdiff.ops import gate_residual
 from fastdiff.patching._site import Site
@@ -90,8 +90,18 @@ def clip_half(x: Tensor) -> Tensor:
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
-def guarded(*norms: str) -> Callable[[F], F]:
-    """Decorator for a replaced forward: what cannot do the work of the norms named runs the stock code."""
+def guarded(*norms: str, or_identity: str = "") -> Callable[[F], F]:
+    """Decorator for a replaced forward: what cannot do the work of the norms named runs the stock code.
+
+    Args:
+        or_identity: of another norm, in place of which the class may have an ``nn.Identity``.
+    """
+
+    def norms_of(module: Any) -> list[Any]:
+        found = [getattr(module, name) for name in norms]
+        if or_identity and type(other := getattr(module, or_identity)) is not nn.Identity:
+            found.append(other)
+        return found
 
     def decorate(function: F) -> F:
         first = list(inspect.signature(function).parameters)[1]
@@ -99,11 +109,12 @@ def guarded(*norms: str) -> Callable[[F], F]:
         @functools.wraps(function)
         def replaced(self: Any, *args: Any, **kwargs: Any) -> Any:
             x = args[0] if args else kwargs[first]
-            reason = why_not_norms(x, *[getattr(self, name) for name in norms])
+            reason = why_not_norms(x, *norms_of(self))
             if reason is not None:
                 return self._fastdiff_site.stock(reason, self, *args, **kwargs)
             return function(self, *args, **kwargs)
 
+        vars(replaced)["norms_of"] = norms_of
         vars(replaced)["norms"] = norms
         return replaced  # type: ignore[return-value]
 
@@ -124,7 +135,7 @@ def block_row(
         what=what,
         sources=("forward", *sources, *(NORM_SOURCES if function.norms else ())),
         methods=forward(function),
-        refuse=lambda module: refuse(module) or why_not_kinds(*[getattr(module, name) for name in function.norms]),
+        refuse=lambda module: refuse(module) or why_not_kinds(*function.norms_of(module)),
     )
 
 

@@ -39,7 +39,7 @@ def why_not_norms(x: Tensor, *norms: Any) -> str | None:
     if reason is not None:
         return reason
     for norm in norms:
-        if norm is None or type(norm) is nn.Identity:
+        if norm is None:
             continue
         if type(norm) not in _IS_RMS:
             return f"a norm is a {type(norm).__name__}"
@@ -59,7 +59,7 @@ def why_not_norms(x: Tensor, *norms: Any) -> str | None:
 def why_not_kinds(*norms: Any) -> str | None:
     """Why the structure is not covered: asked once, when patching."""
     for norm in norms:
-        if norm is not None and type(norm) not in _IS_RMS and type(norm) is not nn.Identity:
+        if norm is not None and type(norm) not in _IS_RMS:
             return f"a norm is a {type(norm).__name__}"
     return None
 
