@@ -148,6 +148,30 @@ def gate(of: str, shape: tuple[int, int, int], norm: bool, **targets: float) -> 
     return Case(op, name, of, make, eager, getattr(ops, op), targets, values=torch.Size(shape).numel())
 
 
+def layer_norm(of: str, shape: tuple[int, int, int], residual: bool = True) -> Case:
+    """An affine LayerNorm, with or without the residual before it."""
+    width = shape[2]
+
+    def make(dtype: torch.dtype) -> tuple[Any, ...]:
+        return (*_randn(dtype, 1 + residual, *shape).unbind(), *_randn(dtype, 2, width).unbind())
+
+    def eager(x: Tensor, *others: Tensor) -> Any:
+        weight, bias = others[-2:]
+        if not residual:
+            return F.layer_norm(x, (width,), weight, bias)
+        y = x + others[0]
+        return y, F.layer_norm(y, (width,), weight, bias)
+
+    def ours(x: Tensor, *others: Tensor) -> Any:
+        weight, bias = others[-2:]
+        if not residual:
+            return ops.adaln_modulate(x, None, None, weight, bias, 1e-5)
+        return ops.gate_residual_adaln(x, None, others[0], None, None, weight, bias, 1e-5)
+
+    name, op = ("residual + LayerNorm", "gate_residual_adaln") if residual else ("LayerNorm", "adaln_modulate")
+    return Case(op, f"{name} {list(shape)}", of, make, eager, ours, values=torch.Size(shape).numel())
+
+
 def activation(of: str, op: str, shape: tuple[int, int, int], **targets: float) -> Case:
     """The feed-forward's activation. ``shape`` is the projection's output, with both halves for GEGLU and SwiGLU."""
 
@@ -263,6 +287,11 @@ def cases() -> Iterator[Case]:
     yield gate(sd3, (2, 4096, 1536), norm=True)
     yield gate(flux, (1, 4096, 3072), norm=True)
     yield gate(wan, (1, 32760, 1536), norm=True)
+
+    yield layer_norm(sd, (2, 4096, 320), residual=False)
+    yield layer_norm(sd, (2, 4096, 320))
+    yield layer_norm(xl, (2, 4096, 640))
+    yield layer_norm(f"{sd} and {xl}", (2, 1024, 1280))
 
     yield activation(sd, "geglu", (2, 4096, 2560), fp32=4.0, bf16=2.5)
     yield activation(f"{sd} and {xl}", "geglu", (2, 4096, 5120))

@@ -23,7 +23,7 @@ from fastdiff.backends import kernels_of, losses
 #: A backend must be this much faster than eager, over all examples of an op.
 MARGIN = 1.03
 #: How many examples there are in each dtype.
-COUNT = 25
+COUNT = 28
 #: Of attention, so many queries are checked: fp64 holds all logits.
 CHECKED = 256
 
@@ -50,6 +50,8 @@ def examples(device: torch.device, dtype: torch.dtype) -> Iterator[Example]:
         yield "adaln_modulate_dual", (rows, scale, shift, scale2, gate), {}
         yield "gate_residual", (rows, gate, rows), {}
         yield "gate_residual_adaln", (rows, gate, rows, scale, shift), {}
+    rows, weight = random(2, 4096, 640), random(640)
+    yield "gate_residual_adaln", (rows, None, rows, None, None, weight, weight), {}
     yield "geglu", (random(2, 4096, 5120),), {}
     yield "gelu_tanh", (random(2, 4096, 6144),), {}
     yield "swiglu", tuple(random(1, 4096, 20480).chunk(2, -1)), {}
