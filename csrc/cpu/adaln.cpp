@@ -4,6 +4,7 @@
 // What modulates is brought to fp32 once per distinct row: per sample, that is once per sample and thread.
 #include "adaln.h"
 
+#include <algorithm>
 #include <new>
 
 #include "parallel.h"
@@ -150,12 +151,13 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
   Affine affine(args, args.scale, args.shift, scratch.row(2), scratch.row(3));
   Affine affine2(args, args.scale2, args.shift2, scratch.row(4), scratch.row(5));
   const void* last_gate = nullptr;
+  if (!args.gate.data) std::fill_n(gate_copy, n, 1.0f);
   Position position(args.size, begin);
   for (int64_t row = begin; row < end; ++row, position.advance()) {
     const T* x = static_cast<const T*>(position.of(args.x));
     const T* residual = static_cast<const T*>(position.of(args.residual));
-    const bool gated = args.gate.data;
-    if (const void* gate = position.of(args.gate)) {
+    if (residual) {
+      const void* gate = position.of(args.gate);
       if (gate != last_gate) widen(gate, args.gate.dtype, gate_copy, n), last_gate = gate;
       gated_row(x, gate_copy, residual, static_cast<T*>(args.y) + row * n, args.out ? wide : nullptr, n,
                 past && !args.out);
@@ -169,7 +171,7 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
       Out* out = static_cast<Out*>(args.out) + row * n;
       Out* out2 = args.out2 ? static_cast<Out*>(args.out2) + row * n : nullptr;
       const auto normalize = [&]<bool rms>() {
-        if (gated)
+        if (residual)
           norm_row<rms>(wide, next, affine, out, affine2, out2, n, args.eps, past);
         else
           norm_row<rms>(x, next, affine, out, affine2, out2, n, args.eps, past);

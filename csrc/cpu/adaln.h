@@ -12,14 +12,14 @@ struct Rows {
   int64_t stride[kAxes] = {};  // of the leading axes, in elements; 0 where broadcast
 };
 
-// With a gate, y = residual + gate * x, else y = x. With `out`, out = norm(y) * (1 + scale) + shift; with `out2`, also
+// With a residual, y = residual + gate * x, or residual + x without a gate; else y = x. With `out`, out = norm(y) * (1 + scale) + shift; with `out2`, also
 // out2 = norm(y) * (1 + scale2) + shift2.
 struct AdalnArgs {
   int64_t size[Rows::kAxes];  // x's leading axes
   int64_t columns;            // D
   Rows x;
   Rows gate, residual;  // residual has x's dtype
-  void* y = nullptr;    // contiguous, x's dtype; only with a gate
+  void* y = nullptr;    // contiguous, x's dtype; only with a residual
   Rows scale, shift;
   Rows weight, bias;
   void* out = nullptr;  // contiguous

@@ -1,4 +1,4 @@
-// y = residual + gate * x and out = norm(y) * (1 + scale) + shift, or either alone; or two such results of one norm
+// y = residual + gate * x (or residual + x) and out = norm(y) * (1 + scale) + shift, or either alone; or two such results of one norm
 //
 // A row, of whole packs or one element at a time, is held in the registers of the warps that share it. The mean's rounding
 // error is measured with the variance and taken out of both. Rows too long for that are read twice.
@@ -64,7 +64,9 @@ struct Gated {
   __device__ __forceinline__ void add_residual(int64_t c, float (&v)[width]) const {
     float r[width], g[width];
     load(residual + c, r);
-    with_type(args.gate.data, args.gate.dtype, [&](auto* p) { load(p + gate + c, g); });
+#pragma unroll
+    for (int i = 0; i < width; ++i) g[i] = 1.0f;
+    if (args.gate.data) with_type(args.gate.data, args.gate.dtype, [&](auto* p) { load(p + gate + c, g); });
 #pragma unroll
     for (int i = 0; i < width; ++i) v[i] = to_float(from_float<T>(r[i] + g[i] * v[i]));
   }
@@ -132,7 +134,7 @@ __global__ void __launch_bounds__(kMaxThreads<width>, 1)  // 1: else ptxas spill
       for (int i = 0; i < width; ++i) v[p][i] = 0.0f;
     }
   }
-  if (args.gate.data) {
+  if (args.residual.data) {
 #pragma unroll
     for (int p = 0; p < kPacks; ++p) {
       if (column(p) >= columns) continue;
@@ -188,7 +190,7 @@ __global__ void __launch_bounds__(kLongBlock, 1)  // 1: else ptxas spills for oc
   const Gated<T> gated(args, place);
   const auto read = [&](int64_t c, auto& v) {
     load(gated.x + c, v);
-    if (args.gate.data) gated.add_residual(c, v);
+    if (args.residual.data) gated.add_residual(c, v);
   };
   float pivot[1] = {};
   if (args.out && !args.rms) {
@@ -201,7 +203,7 @@ __global__ void __launch_bounds__(kLongBlock, 1)  // 1: else ptxas spills for oc
   for (int64_t c = threadIdx.x * width; c < args.columns; c += kLongBlock * width) {
     float v[width];
     read(c, v);
-    if (args.gate.data) store(gated.y + c, v);
+    if (args.residual.data) store(gated.y + c, v);
     if (args.rms) {
 #pragma unroll
       for (int i = 0; i < width; ++i) squares[0] += v[i] * v[i];
@@ -224,7 +226,7 @@ __global__ void __launch_bounds__(kLongBlock, 1)  // 1: else ptxas spills for oc
     variance = divide(m.m2, m.count);
   }
   const float rstd = inverse_sqrt(variance + args.eps);
-  const T* from = args.gate.data ? gated.y : gated.x;
+  const T* from = args.residual.data ? gated.y : gated.x;
   const Modulation<dual> modulation(args, place);
 #pragma unroll 2
   for (int64_t c = threadIdx.x * width; c < args.columns; c += kLongBlock * width) {

@@ -35,7 +35,7 @@ struct Call {
     args.columns = sizes.back();
   }
 
-  Tensor gate(const Tensor& gate, const Tensor& residual) {
+  Tensor gate(const OptionalTensor& gate, const Tensor& residual) {
     STD_TORCH_CHECK(residual.scalar_type() == x.scalar_type(), "fastdiff: residual must have x's dtype");
     args.gate = rows_of(gate, x, "gate");
     args.residual = rows_of(residual, x, "residual");
@@ -104,7 +104,7 @@ Tensor gate_residual(const Tensor& x, const Tensor& gate, const Tensor& residual
   return y;
 }
 
-std::tuple<Tensor, Tensor> gate_residual_adaln(const Tensor& x, const Tensor& gate, const Tensor& residual,
+std::tuple<Tensor, Tensor> gate_residual_adaln(const Tensor& x, const OptionalTensor& gate, const Tensor& residual,
                                                const OptionalTensor& scale, const OptionalTensor& shift,
                                                const OptionalTensor& weight, const OptionalTensor& bias, double eps,
                                                bool rms) {

@@ -137,7 +137,7 @@ def refusals(device: str) -> dict[str, Refuse]:
 
     def gate_residual_adaln(
         x: Tensor,
-        gate: Tensor,
+        gate: Tensor | None,
         residual: Tensor,
         scale: Tensor | None = None,
         shift: Tensor | None = None,

@@ -88,7 +88,7 @@ def _gate_residual(x: Tensor, gate: Tensor, residual: Tensor) -> str | None:
 
 def _gate_residual_adaln(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -307,7 +307,7 @@ def _differentiable_dual(
 
 def _differentiable_gate_adaln(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,

@@ -10,7 +10,7 @@ from fastdiff.ops.adaln_modulate import align_modulation, as_row, as_samples, ch
 from fastdiff.ops.gate_residual_backward import gate_residual_backward
 
 
-def check_gated(x: Tensor, gate: Tensor, residual: Tensor) -> None:
+def check_gated(x: Tensor, gate: Tensor | None, residual: Tensor) -> None:
     """Raise ``ValueError`` for arguments that :func:`gate_residual` does not take."""
     full = x.shape
     if not full or not x.is_floating_point():
@@ -19,7 +19,8 @@ def check_gated(x: Tensor, gate: Tensor, residual: Tensor) -> None:
         raise ValueError(f"residual has shape {tuple(residual.shape)}, expected x's {tuple(full)}")
     if not residual.is_floating_point():
         raise ValueError(f"residual is {residual.dtype}, expected floating point")
-    check_modulation("gate", gate.shape, full)
+    if gate is not None:
+        check_modulation("gate", gate.shape, full)
 
 
 @fused_op("(Tensor x, Tensor gate, Tensor residual) -> Tensor")
@@ -49,10 +50,14 @@ def _fake(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=residual.dtype, device=x.device)
 
 
-def gate_gradients(needed: frozenset[str], grad: Tensor, x: Tensor, gate: Tensor) -> dict[str, Tensor]:
-    """The gradients of :func:`gate_residual`."""
+def gate_gradients(
+    needed: frozenset[str], grad: Tensor, x: Tensor | None, gate: Tensor | None
+) -> dict[str, Tensor]:
+    """The gradients of :func:`gate_residual`; without a gate, of ``residual + x``, whose values it does not need."""
     found = {"residual": grad}
-    if needed & {"x", "gate"}:
+    if gate is None or x is None:
+        found["x"] = grad
+    elif needed & {"x", "gate"}:
         found["x"], found["gate"] = gate_residual_backward(as_samples(grad), as_samples(x), as_row(gate))
     return found
 

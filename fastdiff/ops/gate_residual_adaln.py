@@ -11,12 +11,12 @@ from fastdiff.ops.gate_residual import check_gated, gate_gradients, gate_residua
 
 
 @fused_op(
-    "(Tensor x, Tensor gate, Tensor residual, Tensor? scale=None, Tensor? shift=None, Tensor? weight=None, "
+    "(Tensor x, Tensor? gate, Tensor residual, Tensor? scale=None, Tensor? shift=None, Tensor? weight=None, "
     "Tensor? bias=None, float eps=1e-6, *, bool rms=False) -> (Tensor, Tensor)"
 )
 def gate_residual_adaln(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -29,7 +29,7 @@ def gate_residual_adaln(
     """``y = residual + gate * x`` and ``norm(y) * (1 + scale) + shift``, the norm being of y as rounded.
 
     Args:
-        x, gate, residual: as in :func:`gate_residual`.
+        x, gate, residual: as in :func:`gate_residual`; without a gate, ``y = residual + x``.
         scale, shift, weight, bias, eps, rms: as in :func:`adaln_modulate`.
 
     Returns:
@@ -38,14 +38,17 @@ def gate_residual_adaln(
     Raises:
         ValueError: if a shape or dtype is none of those.
     """
-    y = gate_residual.eager(x, gate, residual)
+    if gate is None:
+        y = (residual + x).to(residual.dtype).contiguous()
+    else:
+        y = gate_residual.eager(x, gate, residual)
     return y, adaln_modulate.eager(y, scale, shift, weight, bias, eps, rms=rms)
 
 
 @gate_residual_adaln.check
 def _check(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -62,7 +65,7 @@ def _check(
 @gate_residual_adaln.fake
 def _fake(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
@@ -76,12 +79,12 @@ def _fake(
     return y, torch.empty_like(y)
 
 
-@gate_residual_adaln.backward("x", "gate", "scale", "weight", "bias", "output0")
+@gate_residual_adaln.backward("gate", "scale", "weight", "bias", "output0", x="gate")
 def _backward(
     needed: frozenset[str],
     grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
-    gate: Tensor,
+    x: Tensor | None,
+    gate: Tensor | None,
     residual: None,
     scale: Tensor | None,
     shift: None,
@@ -96,4 +99,4 @@ def _backward(
         assert grad_y is not None
         grad = torch.zeros_like(grad_y)
     found = adaln_gradients(grad, output0, scale, weight, bias, eps, rms, grad_y)
-    return found | gate_gradients(needed, found["x"].reshape(x.shape), x, gate)
+    return found | gate_gradients(needed, found["x"].reshape(output0.shape), x, gate)

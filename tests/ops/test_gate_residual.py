@@ -63,12 +63,33 @@ def test_both_results_are_those_of_the_two_ops(dtype: torch.dtype, layout: str, 
     assert torch.equal(normed, run_kernel(adaln_modulate, y, scale, shift, weight, bias, rms=rms))
 
 
+@pytest.mark.numerics
+@pytest.mark.parametrize("columns", [77, 8200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_without_a_gate(dtype: torch.dtype, columns: int) -> None:
+    """Bit for bit as with a gate of 1."""
+    shape = (2, 3, columns)
+    x, gate, residual, *modulation = _inputs(torch.Generator().manual_seed(0), dtype, shape=shape)
+    found = run_kernel(gate_residual_adaln, x, None, residual, *modulation)
+    for ours, same in zip(
+        found, run_kernel(gate_residual_adaln, x, torch.ones_like(gate), residual, *modulation), strict=True
+    ):
+        assert torch.equal(ours, same)
+    assert torch.equal(found[0], x + residual)
+    modulation = modulations(torch.Generator().manual_seed(1), "token", 2, shape, dtype)
+    found = run_kernel(gate_residual_adaln, x, None, residual, *modulation)
+    assert torch.equal(found[1], run_kernel(adaln_modulate, x + residual, *modulation))
+
+
 def test_eager_is_what_diffusers_computes() -> None:
     x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), torch.bfloat16)
     y = residual + gate[:, None] * x
     eager_y, eager_normed = gate_residual_adaln.eager(x, gate, residual, scale, shift)
     assert torch.equal(eager_y, y)
     assert torch.equal(eager_normed, adaln_modulate.eager(y, scale, shift))
+    eager_y, eager_normed = gate_residual_adaln.eager(x, None, residual, scale, shift)
+    assert torch.equal(eager_y, residual + x)
+    assert torch.equal(eager_normed, adaln_modulate.eager(residual + x, scale, shift))
 
 
 def test_strided_and_ranks() -> None:
@@ -128,12 +149,14 @@ def test_gradients() -> None:
     x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), torch.float32)
     assert_gradients(gate_residual, x, gate, residual)
     assert_gradients(gate_residual_adaln, x, gate, residual, scale, shift)
+    assert_gradients(gate_residual_adaln, x, None, residual, scale, shift)
 
 
 def test_opcheck() -> None:
     x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), torch.float32)
     torch.library.opcheck(gate_residual.overload, (x, gate, residual))
     torch.library.opcheck(gate_residual_adaln.overload, (x, gate, residual, scale, shift))
+    torch.library.opcheck(gate_residual_adaln.overload, (x, None, residual, scale))
 
 
 def test_compile() -> None:

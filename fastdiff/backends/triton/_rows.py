@@ -79,6 +79,7 @@ def _in_registers(
     target = (i0 * n1 + i1) * n2
     if gate is not None:
         gate += (i0 * g0 + i1 * g1) * VEC
+    if residual is not None:
         residual += (i0 * r0 + i1 * r1) * VEC
     if scale is not None:
         scale += (i0 * a0 + i1 * a1) * VEC
@@ -112,10 +113,14 @@ def _in_registers(
         row_v = row * VEC  # multiplied first, or ptxas spills
         value = _load(x, row * x2 * VEC + column, valid)
         at = (target + row) * width + column
-        if gate is not None:
-            if PER_ROW:
-                gates = _load(gate, row * g2 * VEC + column, valid)
-            value = _load(residual, row * r2 * VEC + column, valid) + gates * value
+        if residual is not None:
+            base = _load(residual, row * r2 * VEC + column, valid)
+            if gate is not None:
+                if PER_ROW:
+                    gates = _load(gate, row * g2 * VEC + column, valid)
+                value = base + gates * value
+            else:
+                value = base + value
             rounded = _math.cast(value, y.dtype.element_ty)
             tl.store(y + at, rounded, valid)
             value = rounded.to(tl.float32)
@@ -152,6 +157,7 @@ def _in_blocks(
         out2 += target
     if gate is not None:
         gate += (i0 * g0 + i1 * g1 + i2 * g2) * VEC
+    if residual is not None:
         residual += (i0 * r0 + i1 * r1 + i2 * r2) * VEC
         y += target
     if scale is not None:
@@ -169,8 +175,12 @@ def _in_blocks(
     for start in range(0, width, BLOCK):
         inside = column < width - start
         value = _load(x, start + column, inside)
-        if gate is not None:
-            value = _load(residual, start + column, inside) + _load(gate, start + column, inside) * value
+        if residual is not None:
+            base = _load(residual, start + column, inside)
+            if gate is not None:
+                value = base + _load(gate, start + column, inside) * value
+            else:
+                value = base + value
             rounded = _math.cast(value, y.dtype.element_ty)
             tl.store(y + start + column, rounded, inside)
             value = rounded.to(tl.float32)
@@ -190,7 +200,7 @@ def _in_blocks(
         rstd = tl.rsqrt(total / width + eps)
         for start in range(0, width, BLOCK):
             inside = column < width - start
-            if gate is not None:
+            if residual is not None:
                 value = _load(y, start + column, inside)
             else:
                 value = _load(x, start + column, inside)
@@ -243,8 +253,9 @@ def run_rows(
     norm: int,
     out_dtype: torch.dtype,
 ) -> tuple[Tensor | None, tuple[Tensor, ...]]:
-    """``residual + gate * x`` if there is a gate, and its norm with each of at most two modulations (scale, shift)."""
-    y = None if gate is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    """``residual + gate * x`` (or ``residual + x``) if there is a residual, and its norm with each of at most two
+    modulations (scale, shift)."""
+    y = None if residual is None else torch.empty(x.shape, dtype=out_dtype, device=x.device)
     outs = tuple(torch.empty(x.shape, dtype=out_dtype, device=x.device) for _ in modulations)
     if not x.numel():
         return y, outs

@@ -9,7 +9,7 @@ from fastdiff.backends.triton._rows import LAYER_NORM, RMS_NORM, run_rows
 
 def run(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,

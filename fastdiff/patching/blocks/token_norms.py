@@ -98,13 +98,13 @@ def gated_then_modulated(
     site: Site,
     slot: str,
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     norm: Any,
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y = residual + gate * x``, and ``norm(y) * (1 + scale) + shift``."""
+    """``y = residual + gate * x`` (or ``residual + x``), and ``norm(y) * (1 + scale) + shift``."""
     return site.serve(
         slot, gate_residual_adaln, x, gate, residual, scale, shift, *parameters_of(norm, residual), rms=is_rms(norm)
     )  # fmt: skip

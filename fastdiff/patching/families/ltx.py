@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import AttentionRow, Tables, attention_block, head_mask
-from fastdiff.patching.blocks.token_norms import modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -33,13 +33,15 @@ def ltx_block(
     h = modulated(site, "norm1", self.norm1, hidden_states, scale, shift)
     out = self.attn1(hidden_states=h, encoder_hidden_states=None, image_rotary_emb=image_rotary_emb)
     hidden_states = gated(site, "gate", out, gate, hidden_states)
-    hidden_states = hidden_states + self.attn2(
+    out = self.attn2(
         hidden_states,
         encoder_hidden_states=encoder_hidden_states,
         image_rotary_emb=None,
         attention_mask=encoder_attention_mask,
     )
-    h = modulated(site, "norm2", self.norm2, hidden_states, scale_mlp, shift_mlp)
+    hidden_states, h = gated_then_modulated(
+        site, "norm2", out, None, hidden_states, self.norm2, scale_mlp, shift_mlp
+    )
     return gated(site, "feed-forward gate", self.ff(h), gate_mlp, hidden_states)
 
 

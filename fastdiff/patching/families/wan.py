@@ -38,8 +38,8 @@ def _block(block: Any, x: Tensor, text: Tensor, modulation: Any, rotary_emb: Any
         x = h = gated(site, "gate", out, gate, x)
     else:
         x, h = gated_then_modulated(site, "norm2", out, gate, x, block.norm2)
-    x = x + block.attn2(h, text, None, None)
-    h = modulated(site, "norm3", block.norm3, x, scale_mlp, shift_mlp)
+    out = block.attn2(h, text, None, None)
+    x, h = gated_then_modulated(site, "norm3", out, None, x, block.norm3, scale_mlp, shift_mlp)
     return gated(site, "feed-forward gate", block.ffn(h), gate_mlp, x)
 
 
