@@ -307,7 +307,7 @@ def _differentiable_dual(
 
 def _differentiable_gate_adaln(
     x: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     residual: Tensor,
     scale: Tensor | None = None,
     shift: Tensor | None = None,

@@ -64,12 +64,13 @@ class FusedOp(Generic[P, R]):
         self._fake = function
         return function
 
-    def backward(self, *saved: str) -> Callable[[Gradients], Gradients]:
+    def backward(self, *saved: str, **saved_with: str) -> Callable[[Gradients], Gradients]:
         """Decorator: ``function(needed, grads, **arguments)`` gives the gradients of the op.
 
         Args:
             saved: names of the arguments that it needs, and ``output<i>`` for results. All other tensors are
                 ``None`` in ``arguments``, and not kept in memory.
+            saved_with: name of an argument that it needs -> of another, without which it does not.
 
         The function gets the names of the arguments whose gradient is needed and the gradients of the results (``None``
         for a result that nothing depends on), and returns at least the gradients needed, by name; each is summed
@@ -77,7 +78,7 @@ class FusedOp(Generic[P, R]):
         """
 
         def define(function: Gradients) -> Gradients:
-            self._backward = Backward(function, frozenset(saved))
+            self._backward = Backward(function, {name: name for name in saved} | saved_with)
             return function
 
         return define
@@ -157,7 +158,7 @@ class Backward(NamedTuple):
     """What :meth:`FusedOp.backward` was given."""
 
     function: Gradients
-    saved: frozenset[str]
+    saved: dict[str, str]
 
 
 class _Differentiable(torch.autograd.Function):
@@ -173,7 +174,8 @@ class _Differentiable(torch.autograd.Function):
         assert op._backward is not None
         tensors = {n: t for n, t in arguments.items() if isinstance(t, torch.Tensor)}
         outputs = {f"output{i}": t for i, t in enumerate(result if isinstance(result, tuple) else (result,))}
-        saved = {n: t for n, t in (tensors | outputs).items() if n in op._backward.saved}
+        known = tensors | outputs
+        saved = {name: known[name] for name, other in op._backward.saved.items() if name in known and other in known}
         ctx.save_for_backward(*saved.values())
         ctx.set_materialize_grads(False)
         ctx.op, ctx.saved = op, tuple(saved)

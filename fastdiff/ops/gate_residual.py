@@ -50,10 +50,14 @@ def _fake(x: Tensor, gate: Tensor, residual: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=residual.dtype, device=x.device)
 
 
-def gate_gradients(needed: frozenset[str], grad: Tensor, x: Tensor, gate: Tensor) -> dict[str, Tensor]:
-    """The gradients of :func:`gate_residual`."""
+def gate_gradients(
+    needed: frozenset[str], grad: Tensor, x: Tensor | None, gate: Tensor | None
+) -> dict[str, Tensor]:
+    """The gradients of :func:`gate_residual`; without a gate, of ``residual + x``, whose values it does not need."""
     found = {"residual": grad}
-    if needed & {"x", "gate"}:
+    if gate is None or x is None:
+        found["x"] = grad
+    elif needed & {"x", "gate"}:
         found["x"], found["gate"] = gate_residual_backward(as_samples(grad), as_samples(x), as_row(gate))
     return found
 

@@ -1,4 +1,4 @@
-"""A residual, gated or not, followed by the next norm with modulation, in one pass."""
+"""A gated residual followed by the next norm with modulation, in one pass."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ def gate_residual_adaln(
     """``y = residual + gate * x`` and ``norm(y) * (1 + scale) + shift``, the norm being of y as rounded.
 
     Args:
-        x, gate, residual: as in :func:`gate_residual`; without a gate ``y = residual + x``, as between the attentions
-            and the feed-forward of ``BasicTransformerBlock``.
+        x, gate, residual: as in :func:`gate_residual`; without a gate, ``y = residual + x``.
         scale, shift, weight, bias, eps, rms: as in :func:`adaln_modulate`.
 
     Returns:
@@ -80,11 +79,11 @@ def _fake(
     return y, torch.empty_like(y)
 
 
-@gate_residual_adaln.backward("x", "gate", "scale", "weight", "bias", "output0")
+@gate_residual_adaln.backward("gate", "scale", "weight", "bias", "output0", x="gate")
 def _backward(
     needed: frozenset[str],
     grads: tuple[Tensor | None, Tensor | None],
-    x: Tensor,
+    x: Tensor | None,
     gate: Tensor | None,
     residual: None,
     scale: Tensor | None,
@@ -100,5 +99,4 @@ def _backward(
         assert grad_y is not None
         grad = torch.zeros_like(grad_y)
     found = adaln_gradients(grad, output0, scale, weight, bias, eps, rms, grad_y)
-    grad_y = found["x"].reshape(x.shape)
-    return found | ({"x": grad_y, "residual": grad_y} if gate is None else gate_gradients(needed, grad_y, x, gate))
+    return found | gate_gradients(needed, found["x"].reshape(output0.shape), x, gate)

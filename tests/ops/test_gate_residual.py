@@ -76,6 +76,10 @@ def test_without_a_gate(dtype: torch.dtype, columns: int, rms: bool) -> None:
         y, normed = run_kernel(gate_residual_adaln, strided, None, other, None, None, weight, bias, rms=rms)
         assert torch.equal(y, strided + other) and y.is_contiguous()
         assert torch.equal(normed, run_kernel(adaln_modulate, y, None, None, weight, bias, rms=rms))
+    for layout in LAYOUTS:
+        modulation = modulations(torch.Generator().manual_seed(1), layout, 2, x.shape, dtype)
+        _, normed = run_kernel(gate_residual_adaln, x, None, residual, *modulation, rms=rms)
+        assert torch.equal(normed, run_kernel(adaln_modulate, x + residual, *modulation, rms=rms))
 
 
 def test_eager_is_what_diffusers_computes() -> None:
@@ -84,6 +88,9 @@ def test_eager_is_what_diffusers_computes() -> None:
     eager_y, eager_normed = gate_residual_adaln.eager(x, gate, residual, scale, shift)
     assert torch.equal(eager_y, y)
     assert torch.equal(eager_normed, adaln_modulate.eager(y, scale, shift))
+    eager_y, eager_normed = gate_residual_adaln.eager(x, None, residual, scale, shift)
+    assert torch.equal(eager_y, residual + x)
+    assert torch.equal(eager_normed, adaln_modulate.eager(residual + x, scale, shift))
 
 
 def test_strided_and_ranks() -> None:
@@ -143,12 +150,14 @@ def test_gradients() -> None:
     x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), torch.float32)
     assert_gradients(gate_residual, x, gate, residual)
     assert_gradients(gate_residual_adaln, x, gate, residual, scale, shift)
+    assert_gradients(gate_residual_adaln, x, None, residual, scale, shift)
 
 
 def test_opcheck() -> None:
     x, gate, residual, scale, shift = _inputs(torch.Generator().manual_seed(0), torch.float32)
     torch.library.opcheck(gate_residual.overload, (x, gate, residual))
     torch.library.opcheck(gate_residual_adaln.overload, (x, gate, residual, scale, shift))
+    torch.library.opcheck(gate_residual_adaln.overload, (x, None, residual, scale))
 
 
 def test_compile() -> None:

@@ -16,6 +16,7 @@ from fastdiff.ops import adaln_modulate, adaln_modulate_dual, gate_residual, gat
 from fastdiff.ops._library import FusedOp
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
+Make = Callable[[torch.Generator, torch.dtype], Call]
 DIFFERENTIABLE = (adaln_modulate, adaln_modulate_dual, gate_residual, gate_residual_adaln, group_norm_silu)
 
 
@@ -30,7 +31,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 def norm_call(
     shape: tuple[int, ...], groups: int, *, nhwc: bool = False, modulated: bool = False, **options: Any
-) -> Callable[[torch.Generator, torch.dtype], Call]:
+) -> Make:
     """Arguments of ``group_norm_silu`` with weight and bias, and with ``modulated`` all else."""
     batch, channels = shape[:2]
 
@@ -50,7 +51,7 @@ def norm_call(
 
 def row_call(
     op: FusedOp[..., Any], shape: tuple[int, ...], *, rms: bool = False, affine: bool = False, vector: bool = False
-) -> Callable[[torch.Generator, torch.dtype], Call]:
+) -> Make:
     """Arguments of one of the row ops, modulated per sample or, with ``vector``, by (D,)."""
 
     def call(generator: torch.Generator, dtype: torch.dtype) -> Call:
@@ -70,6 +71,16 @@ def row_call(
         if op is gate_residual:
             return (x, modulations[0], residual), {}
         return (x, modulations[0], residual, *modulations[1:3]), norm
+
+    return call
+
+
+def without_gate(make: Make) -> Make:
+    """The same arguments of ``gate_residual_adaln`` but for the gate."""
+
+    def call(generator: torch.Generator, dtype: torch.dtype) -> Call:
+        (x, _, *others), norm = make(generator, dtype)
+        return (x, None, *others), norm
 
     return call
 
@@ -99,6 +110,7 @@ ROWS = {
     "gate vector": (gate_residual, row_call(gate_residual, (2, 37, 77), vector=True)),
     "gate and adaln": (gate_residual_adaln, row_call(gate_residual_adaln, (2, 37, 77))),
     "gate and adaln, affine": (gate_residual_adaln, row_call(gate_residual_adaln, (2, 37, 48), affine=True)),
+    "residual and adaln": (gate_residual_adaln, without_gate(row_call(gate_residual_adaln, (2, 37, 48), affine=True))),
     "gate and rms": (gate_residual_adaln, row_call(gate_residual_adaln, (2, 21, 40), rms=True)),
 }
 CASES = {**{name: (group_norm_silu, call) for name, call in NORMS.items()}, **ROWS}

@@ -15,7 +15,6 @@ from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, activated_once, forward
 from fastdiff.patching.blocks.token_norms import (
     NORM_SOURCES,
-    added_then_modulated,
     gated_then_modulated,
     modulated,
     modulated_twice,
@@ -73,7 +72,7 @@ def sandwich(
     after, before_feed_forward, after_feed_forward = norms
     h = modulated(site, f"{stream}norm after attention", after, branch)
     if gate is None or feed_forward_gate is None:
-        x, h = added_then_modulated(site, f"{stream}norm before feed-forward", h, x, before_feed_forward)
+        x, h = gated_then_modulated(site, f"{stream}norm before feed-forward", h, None, x, before_feed_forward)
         return x + modulated(site, f"{stream}norm after feed-forward", after_feed_forward, feed_forward(h))
     x, h = gated_then_modulated(site, f"{stream}gate and norm", h, gate.tanh(), x, before_feed_forward, scale)
     h = modulated(site, f"{stream}norm after feed-forward", after_feed_forward, feed_forward(h))

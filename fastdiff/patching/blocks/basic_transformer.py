@@ -10,7 +10,7 @@ from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, forward
 from fastdiff.patching.blocks.token_norms import (
     NORM_SOURCES,
-    added_then_modulated,
+    gated_then_modulated,
     modulated,
     why_not_kinds,
     why_not_norms,
@@ -56,7 +56,7 @@ def basic_block(
         **kwargs,
     )
     if attn2 is not None:
-        hidden_states, h = added_then_modulated(site, "norm2", h, hidden_states, norm2)
+        hidden_states, h = gated_then_modulated(site, "norm2", h, None, hidden_states, norm2)
         h = attn2(
             h if positions is None else positions(h),
             encoder_hidden_states=encoder_hidden_states,
@@ -81,12 +81,12 @@ def temporal_block(
     x = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2).reshape(-1, num_frames, channels)
     h = parts["ff_in"](modulated(site, "norm_in", norm_in, x))
     if self.is_res:
-        x, h = added_then_modulated(site, "norm1", h, x, norm1)
+        x, h = gated_then_modulated(site, "norm1", h, None, x, norm1)
     else:
         x, h = h, modulated(site, "norm1", norm1, h)
     h = parts["attn1"](h, encoder_hidden_states=None)
     if (attn2 := parts.get("attn2")) is not None:
-        x, h = added_then_modulated(site, "norm2", h, x, norm2)
+        x, h = gated_then_modulated(site, "norm2", h, None, x, norm2)
         h = attn2(h, encoder_hidden_states=encoder_hidden_states)
     x = _feed_forward(site, self, h, x, residual=self.is_res)
     return x.unflatten(0, (-1, tokens)).transpose(1, 2).reshape(-1, tokens, channels)
@@ -95,7 +95,7 @@ def temporal_block(
 def _feed_forward(site: Site, block: Any, branch: Tensor, x: Tensor, *, residual: bool = True) -> Tensor:
     """A block from its last attention on, whose result is ``branch``."""
     parts = block._modules
-    x, h = added_then_modulated(site, "norm3", branch, x, parts["norm3"])
+    x, h = gated_then_modulated(site, "norm3", branch, None, x, parts["norm3"])
     h = parts["ff"](h)
     return h + x if residual else h
 

@@ -104,23 +104,10 @@ def gated_then_modulated(
     scale: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``y = residual + gate * x``, and ``norm(y) * (1 + scale) + shift``."""
+    """``y = residual + gate * x`` (or ``residual + x``), and ``norm(y) * (1 + scale) + shift``."""
+    if gate is None and (x.shape != residual.shape or x.dtype != residual.dtype):  # of somebody's own processor
+        y = residual + x
+        return y, modulated(site, slot, norm, y, scale, shift)
     return site.serve(
         slot, gate_residual_adaln, x, gate, residual, scale, shift, *parameters_of(norm, residual), rms=is_rms(norm)
     )  # fmt: skip
-
-
-def added_then_modulated(
-    site: Site,
-    slot: str,
-    x: Tensor,
-    residual: Tensor,
-    norm: Any,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """``y = residual + x``, and ``norm(y) * (1 + scale) + shift``."""
-    if x.shape != residual.shape or x.dtype != residual.dtype:  # of a processor of somebody's own
-        y = residual + x
-        return y, modulated(site, slot, norm, y, scale, shift)
-    return gated_then_modulated(site, slot, x, None, residual, norm, scale, shift)

@@ -23,7 +23,7 @@ from fastdiff.patching.blocks.joint_attention import (
     joint_attention,
     why_not,
 )
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -53,15 +53,14 @@ def allegro_block(
     out = self.attn1(
         h, encoder_hidden_states=None, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb
     )
-    x = gated(site, "gate", out, gate, x)
     if self.attn2 is not None:
+        x, gate = gated(site, "gate", out, gate, x), None
         out = self.attn2(
             x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask,
             image_rotary_emb=None,
         )  # fmt: skip
-        x, h = added_then_modulated(site, "norm before feed-forward", out, x, self.norm2, mlp_scale, mlp_shift)
-    else:
-        h = modulated(site, "norm before feed-forward", self.norm2, x, mlp_scale, mlp_shift)
+    slot = "norm before feed-forward"
+    x, h = gated_then_modulated(site, slot, out, gate, x, self.norm2, mlp_scale, mlp_shift)
     return gated(site, "feed-forward gate", self.ff(h), mlp_gate, x)
 
 

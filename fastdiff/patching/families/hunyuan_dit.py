@@ -11,7 +11,7 @@ from fastdiff.patching.blocks import is_plain, once
 from fastdiff.patching.blocks.adaln import ADA_LAYER_NORM_CONTINUOUS, MODULATED, block_row, guarded
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block, head_mask
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated, why_not_norms
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated, why_not_norms
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -48,9 +48,9 @@ def hunyuan_block(
         both = torch.cat([hidden_states, skip], dim=-1)
         hidden_states = self.skip_linear(modulated(site, "skip norm", self.skip_norm, both))
     h = self.attn1(self.norm1(hidden_states, temb), image_rotary_emb=image_rotary_emb)
-    hidden_states, h = added_then_modulated(site, "norm2", h, hidden_states, self.norm2)
+    hidden_states, h = gated_then_modulated(site, "norm2", h, None, hidden_states, self.norm2)
     h = self.attn2(h, encoder_hidden_states=encoder_hidden_states, image_rotary_emb=image_rotary_emb)
-    hidden_states, h = added_then_modulated(site, "norm3", h, hidden_states, self.norm3)
+    hidden_states, h = gated_then_modulated(site, "norm3", h, None, hidden_states, self.norm3)
     return hidden_states + self.ff(h)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded
 from fastdiff.patching.blocks.feed_forward import GELU_TANH
 from fastdiff.patching.blocks.joint_attention import AttentionRow, Tables, attention_block, head_mask
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -39,7 +39,9 @@ def ltx_block(
         image_rotary_emb=None,
         attention_mask=encoder_attention_mask,
     )
-    hidden_states, h = added_then_modulated(site, "norm2", out, hidden_states, self.norm2, scale_mlp, shift_mlp)
+    hidden_states, h = gated_then_modulated(
+        site, "norm2", out, None, hidden_states, self.norm2, scale_mlp, shift_mlp
+    )
     return gated(site, "feed-forward gate", self.ff(h), gate_mlp, hidden_states)
 
 

@@ -138,21 +138,25 @@ def ltx2_block(
         to_audio = _crossing(self, "audio", temb_ca_audio_scale_shift, temb_ca_audio_gate)
         videos = normed("video", self.audio_to_video_norm, x, to_video)
         sounds = normed("audio", self.video_to_audio_norm, audio, to_audio)
-        if use_a2v_cross_attention:
-            out = self.audio_to_video_attn(
-                videos[0], encoder_hidden_states=sounds[0], query_rotary_emb=ca_video_rotary_emb,
-                key_rotary_emb=ca_audio_rotary_emb, attention_mask=a2v_cross_attention_mask,
-            )  # fmt: skip
-            x = gated(site, "audio to video gate", out, to_video[4], x)
-        if use_v2a_cross_attention:
-            out = self.video_to_audio_attn(
-                sounds[1], encoder_hidden_states=videos[1], query_rotary_emb=ca_audio_rotary_emb,
-                key_rotary_emb=ca_video_rotary_emb, attention_mask=v2a_cross_attention_mask,
-            )  # fmt: skip
-            audio = gated(site, "video to audio gate", out, to_audio[4], audio)
-    h = modulated(site, "norm3", self.norm3, x, scale, shift)
+    if use_a2v_cross_attention:
+        out = self.audio_to_video_attn(
+            videos[0], encoder_hidden_states=sounds[0], query_rotary_emb=ca_video_rotary_emb,
+            key_rotary_emb=ca_audio_rotary_emb, attention_mask=a2v_cross_attention_mask,
+        )  # fmt: skip
+        x, h = gated_then_modulated(site, "norm3", out, to_video[4], x, self.norm3, scale, shift)
+    else:
+        h = modulated(site, "norm3", self.norm3, x, scale, shift)
     x = gated(site, "feed-forward gate", self.ff(h), gate, x)
-    h = modulated(site, "audio_norm3", self.audio_norm3, audio, audio_scale, audio_shift)
+    if use_v2a_cross_attention:
+        out = self.video_to_audio_attn(
+            sounds[1], encoder_hidden_states=videos[1], query_rotary_emb=ca_audio_rotary_emb,
+            key_rotary_emb=ca_video_rotary_emb, attention_mask=v2a_cross_attention_mask,
+        )  # fmt: skip
+        audio, h = gated_then_modulated(
+            site, "audio_norm3", out, to_audio[4], audio, self.audio_norm3, audio_scale, audio_shift
+        )
+    else:
+        h = modulated(site, "audio_norm3", self.audio_norm3, audio, audio_scale, audio_shift)
     return x, gated(site, "audio feed-forward gate", self.audio_ff(h), audio_gate, audio)
 
 

@@ -11,7 +11,7 @@ from fastdiff.patching.blocks import Block, forward
 from fastdiff.patching.blocks.adaln import block_row, guarded
 from fastdiff.patching.blocks.feed_forward import silu_product
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 from fastdiff.patching.families.cogvideox import ADA_LAYER_NORM
@@ -27,7 +27,8 @@ def omnigen_block(self: Any, hidden_states: Tensor, attention_mask: Tensor, imag
     out = self.self_attn(
         hidden_states=h, encoder_hidden_states=h, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb
     )
-    x, h = added_then_modulated(site, "norm before feed-forward", out, hidden_states, self.post_attention_layernorm)
+    norm = self.post_attention_layernorm
+    x, h = gated_then_modulated(site, "norm before feed-forward", out, None, hidden_states, norm)
     result: Tensor = x + self.mlp(h)
     return result
 

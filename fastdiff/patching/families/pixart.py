@@ -9,7 +9,7 @@ from torch import Tensor
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded
 from fastdiff.patching.blocks.attention import ATTENTION
 from fastdiff.patching.blocks.feed_forward import GEGLU, GELU_TANH
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -51,14 +51,14 @@ def ada_norm_single_block(
         encoder_hidden_states=encoder_hidden_states if self.only_cross_attention else None,
         attention_mask=attention_mask,
     )
-    hidden_states = gated(site, "gate", out, gate, hidden_states)
     if self.attn2 is not None:
+        hidden_states, gate = gated(site, "gate", out, gate, hidden_states), None
         out = self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
-        hidden_states, h = added_then_modulated(site, "norm2", out, hidden_states, self.norm2, scale_mlp, shift_mlp)
-    else:
-        h = modulated(site, "norm2", self.norm2, hidden_states, scale_mlp, shift_mlp)
+    hidden_states, h = gated_then_modulated(
+        site, "norm2", out, gate, hidden_states, self.norm2, scale_mlp, shift_mlp
+    )
     return gated(site, "feed-forward gate", self.ff(h), gate_mlp, hidden_states)
 
 

@@ -11,7 +11,7 @@ from fastdiff.ops import swiglu
 from fastdiff.patching.blocks import is_plain
 from fastdiff.patching.blocks.adaln import MODULATED, block_row, gated, guarded, left_row
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block, head_mask
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -35,14 +35,15 @@ def sana_block(
     table = self.scale_shift_table[None] + timestep.reshape(hidden_states.shape[0], 6, -1)
     shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = table.chunk(6, dim=1)
     h = modulated(site, "norm1", self.norm1, hidden_states, scale, shift)
-    hidden_states = gated(site, "gate", self.attn1(h), gate, hidden_states)
+    out = self.attn1(h)
     if self.attn2 is not None:
+        hidden_states, gate = gated(site, "gate", out, gate, hidden_states), None
         out = self.attn2(
             hidden_states, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
         )
-        hidden_states, h = added_then_modulated(site, "norm2", out, hidden_states, self.norm2, scale_mlp, shift_mlp)
-    else:
-        h = modulated(site, "norm2", self.norm2, hidden_states, scale_mlp, shift_mlp)
+    hidden_states, h = gated_then_modulated(
+        site, "norm2", out, gate, hidden_states, self.norm2, scale_mlp, shift_mlp
+    )
     h = self.ff(h.unflatten(1, (height, width)).permute(0, 3, 1, 2))
     h = h.flatten(2, 3).permute(0, 2, 1).contiguous()  # as it is where the convolutions run channels-last
     return gated(site, "feed-forward gate", h, gate_mlp, hidden_states)

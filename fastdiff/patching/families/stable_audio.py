@@ -10,7 +10,7 @@ from torch import Tensor
 from fastdiff.patching.blocks.adaln import block_row, guarded
 from fastdiff.patching.blocks.feed_forward import SWIGLU
 from fastdiff.patching.blocks.joint_attention import LEGACY, AttentionRow, attention_block, head_mask
-from fastdiff.patching.blocks.token_norms import added_then_modulated, modulated
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -30,9 +30,9 @@ def stable_audio_block(
     site = self._fastdiff_site
     h = modulated(site, "norm1", self.norm1, hidden_states)
     h = self.attn1(h, attention_mask=attention_mask, rotary_emb=rotary_embedding)
-    x, h = added_then_modulated(site, "norm2", h, hidden_states, self.norm2)
+    x, h = gated_then_modulated(site, "norm2", h, None, hidden_states, self.norm2)
     h = self.attn2(h, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask)
-    x, h = added_then_modulated(site, "norm3", h, x, self.norm3)
+    x, h = gated_then_modulated(site, "norm3", h, None, x, self.norm3)
     result: Tensor = self.ff(h) + x
     return result
 

@@ -21,7 +21,7 @@ from fastdiff.patching.blocks.joint_attention import (
     row_of,
     why_not,
 )
-from fastdiff.patching.blocks.token_norms import added_then_modulated, gated_then_modulated, modulated, why_not_norms
+from fastdiff.patching.blocks.token_norms import gated_then_modulated, modulated, why_not_norms
 from fastdiff.patching.families import Family
 from fastdiff.patching.families._example import Inputs
 
@@ -39,11 +39,11 @@ def _block(block: Any, x: Tensor, text: Tensor, modulation: Any, rotary_emb: Any
     else:
         x, h = gated_then_modulated(site, "norm2", out, gate, x, block.norm2)
     out = block.attn2(h, text, None, None)
-    x, h = added_then_modulated(site, "norm3", out, x, block.norm3, scale_mlp, shift_mlp)
+    x, h = gated_then_modulated(site, "norm3", out, None, x, block.norm3, scale_mlp, shift_mlp)
     return gated(site, "feed-forward gate", block.ffn(h), gate_mlp, x)
 
 
-@guarded("norm1", "norm3", or_identity="norm2")
+@guarded("norm1", "norm2", "norm3")
 def wan_block(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor
 ) -> Tensor:
@@ -56,7 +56,7 @@ def wan_block(
     return _block(self, hidden_states, encoder_hidden_states, modulation, rotary_emb)
 
 
-@guarded("norm1", "norm3", or_identity="norm2")
+@guarded("norm1", "norm2", "norm3")
 def skyreels_block(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any, attention_mask: Any
 ) -> Tensor:
@@ -67,7 +67,7 @@ def skyreels_block(
     return _block(self, hidden_states, encoder_hidden_states, modulation, rotary_emb, attention_mask)
 
 
-@guarded("norm1", "norm3", or_identity="norm2")
+@guarded("norm1", "norm2", "norm3")
 def vace_block(
     self: Any,
     hidden_states: Tensor,
