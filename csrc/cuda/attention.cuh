@@ -16,6 +16,8 @@ namespace fastdiff::cuda {
 using AttentionArgs = cpu::AttentionArgs;
 
 constexpr int kWarps = 4;  // of a block, at least
+// Of queries or keys, which kernels count in 32 bits, and of what lies between two of a mask.
+constexpr int64_t kMaxTokens = 1 << 30, kMaxMaskStride = 1 << 23;
 constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
 
 // How the keys are held: `stages` blocks in shared memory, which is all of them where `resident`.
@@ -27,18 +29,17 @@ struct AttentionPlan {
 };
 
 // The head that a block of threads works on.
-template <class T>
 struct Head {
-  int64_t batch, index, mask;  // mask: where its part begins
-  const T *q, *k, *v;
+  int batch, index;
 
-  __device__ __forceinline__ Head(const AttentionArgs& args, const AttentionPlan& plan) {
-    const uint32_t place = blockIdx.x / plan.blocks_per_head, heads = static_cast<uint32_t>(args.heads);
-    batch = place / heads, index = place % heads;
-    mask = batch * args.mask_strides[0] + index * args.mask_strides[1];
-    q = static_cast<const T*>(args.q) + batch * args.q_strides[0] + index * args.q_strides[2];
-    k = static_cast<const T*>(args.k) + batch * args.k_strides[0] + index * args.k_strides[2];
-    v = static_cast<const T*>(args.v) + batch * args.v_strides[0] + index * args.v_strides[2];
+  __device__ __forceinline__ explicit Head(const AttentionPlan& plan, int64_t heads) {
+    const uint32_t place = blockIdx.x / plan.blocks_per_head, count = static_cast<uint32_t>(heads);
+    batch = static_cast<int>(place / count), index = static_cast<int>(place % count);
+  }
+  // Row `row` of q, k or v.
+  template <class T>
+  __device__ __forceinline__ const T* at(const void* data, const int64_t (&strides)[3], int row) const {
+    return static_cast<const T*>(data) + batch * strides[0] + index * strides[2] + row * strides[1];
   }
 };
 
@@ -48,7 +49,7 @@ constexpr int kRowOf = depth + kPack<T>;
 
 // Rows [first, first + rows) of a head, as far as they exist; zeros behind.
 template <class T, int depth>
-__device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, int rows, int64_t existing,
+__device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, int rows, int existing,
                                           int real_depth, bool packs) {
   constexpr int kRow = kRowOf<T, depth>;
   if (packs) {
@@ -67,33 +68,61 @@ __device__ __forceinline__ void copy_rows(T* to, const T* from, int64_t stride, 
   }
 }
 
-// The keys and values of a head on their way through shared memory, `keys` of them in a block.
+// The queries, keys and values of a head on their way through shared memory, `keys` of them in a block.
 template <class T, int depth, int keys>
-struct KeyBlocks {
+struct Operands {
   static constexpr int kSize = keys * kRowOf<T, depth>;  // of the keys, behind which the values lie
   const AttentionArgs& args;
   const AttentionPlan& plan;
-  const Head<T>& head;
-  T* shared;
+  const Head& head;
+  T *q_shared, *kv_shared;
+  int queries;  // of a tile
 
-  __device__ __forceinline__ void copy(int block) const {
-    if (block < plan.key_blocks) {
-      T* to = shared + block % plan.stages * 2 * kSize;
-      const int64_t first = int64_t{block} * keys, existing = args.keys - first;
-      const int real_depth = args.depth;
-      const int64_t k_stride = args.k_strides[1], v_stride = args.v_strides[1];
-      copy_rows<T, depth>(to, head.k + first * k_stride, k_stride, keys, existing, real_depth, plan.packs);
-      copy_rows<T, depth>(to + kSize, head.v + first * v_stride, v_stride, keys, existing, real_depth, plan.packs);
-    }
-    commit_copies();  // an empty group keeps the count
-  }
-  __device__ __forceinline__ void start() const {
+  // Goes over this block's tiles of queries and calls body(the first query), with the tile on its way to q_shared.
+  template <class Body>
+  __device__ __forceinline__ void for_each_tile(const Body& body) const {
     if (plan.resident)
       for (int block = 0; block < plan.key_blocks; ++block) copy(block);
+    const uint32_t first_tile = blockIdx.x % plan.blocks_per_head * plan.tiles_per_block;
+    uint32_t end_tile = first_tile + plan.tiles_per_block;
+    if (end_tile > plan.query_tiles) end_tile = plan.query_tiles;
+    for (uint32_t tile = first_tile; tile < end_tile; ++tile) {
+      const int first_query = static_cast<int>(tile) * queries;
+      __syncthreads();  // before the queries of the last tile are overwritten
+      copy_rows<T, depth>(q_shared, head.template at<T>(args.q, args.q_strides, first_query), args.q_strides[1], queries,
+                          static_cast<int>(args.queries) - first_query, args.depth, plan.packs);
+      commit_copies();
+      if (!plan.resident)
+        for (int block = 0; block + 1 < plan.stages; ++block) copy(block);
+      body(first_query);
+    }
+    wait_copies<0>();
   }
-  __device__ __forceinline__ void start_tile() const {
-    if (!plan.resident)
-      for (int block = 0; block + 1 < plan.stages; ++block) copy(block);
+
+  // Goes over the blocks of keys that a tile sees and calls body(the first key, where they are).
+  template <class Body>
+  __device__ __forceinline__ void for_each_block(int first_query, const Body& body) const {
+    const int needed = (first_query + queries + keys - 1) / keys;
+    const int blocks = args.causal && needed < plan.key_blocks ? needed : plan.key_blocks;
+    for (int block = 0; block < blocks; ++block) body(block * keys, at(block));
+  }
+
+  // Whether a tile does not see all of the keys from first_key to end_key alike.
+  __device__ __forceinline__ bool hides(int first_query, int end_key) const {
+    return end_key > args.keys || (args.causal && end_key > first_query + 1) || args.mask;
+  }
+
+ private:
+  __device__ __forceinline__ void copy(int block) const {
+    if (block < plan.key_blocks) {
+      T* to = kv_shared + block % plan.stages * 2 * kSize;
+      const int first = block * keys, existing = args.keys - first, real_depth = args.depth;
+      copy_rows<T, depth>(to, head.template at<T>(args.k, args.k_strides, first), args.k_strides[1], keys, existing, real_depth,
+                          plan.packs);
+      copy_rows<T, depth>(to + kSize, head.template at<T>(args.v, args.v_strides, first), args.v_strides[1], keys, existing,
+                          real_depth, plan.packs);
+    }
+    commit_copies();  // an empty group keeps the count
   }
   // Waits for a block, asks for the next one, and says where it is.
   __device__ __forceinline__ const T* at(int block) const {
@@ -106,30 +135,39 @@ struct KeyBlocks {
       wait_copies<0>();
       __syncthreads();
     }
-    return shared + block % plan.stages * 2 * kSize;
+    return kv_shared + block % plan.stages * 2 * kSize;
   }
 };
 
-// How many blocks of keys the queries from first_query to end_query see.
-template <int keys>
-__device__ __forceinline__ int blocks_seen(const AttentionArgs& args, const AttentionPlan& plan, int64_t end_query) {
-  const int64_t needed = (end_query + keys - 1) / keys;
-  return args.causal && needed < plan.key_blocks ? static_cast<int>(needed) : plan.key_blocks;
-}
-
-// q k as the softmax takes it, scaled if there is a mask: -inf where the query does not see the key.
-__device__ __forceinline__ float masked(const AttentionArgs& args, int64_t mask, int64_t query, int64_t key, float s) {
-  if (key >= args.keys || (args.causal && key > query)) return -INFINITY;
-  if (!args.mask || query >= args.queries) return s;
-  const int64_t at = mask + query * args.mask_strides[2] + key * args.mask_strides[3];
-  s *= args.scale;
-  if (args.mask_is_bool) {
-    const uint8_t* attend = static_cast<const uint8_t*>(args.mask) + at;
-    check_read(attend, 1, 1);
-    return *attend ? s : -INFINITY;
-  }
-  with_type(args.mask, args.mask_dtype, [&](auto* p) { s += load_one(p + at); });
-  return s;
+// Makes products q k what the softmax takes: -inf where the query does not see the key, scaled if there is a mask.
+// for_each(visit) calls visit(query, key, product) for all that a thread has, counted from the given ones.
+template <class ForEach>
+__device__ __forceinline__ void hide(const AttentionArgs& args, const Head& head, int first_query, int first_key,
+                                     const ForEach& for_each) {
+  const int queries = static_cast<int>(args.queries) - first_query, keys = static_cast<int>(args.keys) - first_key;
+  if (!args.mask)
+    return for_each([&](int query, int key, float& s) {
+      if (key >= keys || (args.causal && first_key + key > first_query + query)) s = -INFINITY;
+    });
+  const int64_t mask = head.batch * args.mask_strides[0] + head.index * args.mask_strides[1] +
+                       first_query * args.mask_strides[2] + first_key * args.mask_strides[3];
+  // Inside of a tile, 32 bits do.
+  const int query_stride = static_cast<int>(args.mask_strides[2]), key_stride = static_cast<int>(args.mask_strides[3]);
+  const auto with_each = [&](const auto& masked) {
+    for_each([&](int query, int key, float& s) {
+      if (key >= keys) s = -INFINITY;
+      else if (query < queries) s = masked(mask + (query * query_stride + key * key_stride), s * args.scale);
+    });
+  };
+  if (args.mask_is_bool)
+    with_each([&](int64_t at, float s) {
+      const uint8_t* attend = static_cast<const uint8_t*>(args.mask) + at;
+      check_read(attend, 1, 1);
+      return *attend ? s : -INFINITY;
+    });
+  else
+    with_type(args.mask, args.mask_dtype,
+              [&](auto* p) { with_each([&](int64_t at, float s) { return s + load_one(p + at); }); });
 }
 
 // The factor of what the softmax sees, to powers of two.
@@ -150,6 +188,9 @@ bool in_packs(const AttentionArgs& args) {
 template <class A>
 const char* launch_attention(void (*kernel)(AttentionArgs, AttentionPlan), const AttentionArgs& args, bool packs,
                              Stream stream) {
+  if (std::max(args.queries, args.keys) > kMaxTokens) return "attention: there are more than 2^30 queries or keys";
+  if (args.mask && std::max(args.mask_strides[2], args.mask_strides[3]) > kMaxMaskStride)
+    return "attention: the mask's queries or keys lie more than 2^23 elements apart";
   AttentionPlan plan{};
   plan.packs = packs;
   plan.key_blocks = static_cast<int>(ceil_div(args.keys, A::kKeys));

@@ -12,10 +12,10 @@ template <int depth>
 struct FmaAttention {
   static constexpr int kRows = depth > 128 ? 4 : 8, kKeys = depth > 160 ? 16 : 32;
   static constexpr int kMostWarps = kWarps;
-  using Keys = KeyBlocks<float, depth, kKeys>;
+  using Shared = Operands<float, depth, kKeys>;
   static constexpr __host__ __device__ int queries(int warps) { return kRows * warps; }
   static constexpr int64_t shared_bytes(int stages, int warps) {
-    return 4 * (int64_t{queries(warps)} * (kRowOf<float, depth> + kKeys) + int64_t{stages} * 2 * Keys::kSize);
+    return 4 * (int64_t{queries(warps)} * (kRowOf<float, depth> + kKeys) + int64_t{stages} * 2 * Shared::kSize);
   }
 };
 
@@ -39,32 +39,20 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)  // 1: else ptxas spills for
 
   const int lane = threadIdx.x % kWarp, own_row = kRows * (threadIdx.x / kWarp);
   const int own_key = lane % kKeys, part = lane / kKeys;
-  const Head<float> head(args, plan);
+  const Head head(plan, args.heads);
   const int real_depth = args.depth;
   const float* own_q = q_shared + own_row * kRow;
   float* own_weights = weights_shared + own_row * kKeys;
-  const typename A::Keys keys{args, plan, head, kv_shared};
-  keys.start();
+  const typename A::Shared shared{args, plan, head, q_shared, kv_shared, kQueries};
 
-  const uint32_t first_tile = blockIdx.x % plan.blocks_per_head * plan.tiles_per_block;
-  uint32_t end_tile = first_tile + plan.tiles_per_block;
-  if (end_tile > plan.query_tiles) end_tile = plan.query_tiles;
-  for (uint32_t tile = first_tile; tile < end_tile; ++tile) {
-    const int64_t first_query = int64_t{tile} * kQueries, row = first_query + own_row;
-    __syncthreads();  // before the queries of the last tile are overwritten
-    copy_rows<float, depth>(q_shared, head.q + first_query * args.q_strides[1], args.q_strides[1], kQueries,
-                            args.queries - first_query, real_depth, plan.packs);
-    commit_copies();
-    keys.start_tile();
-
+  shared.for_each_tile([&](int first_query) {
+    const int row = first_query + own_row;
     float out[kRows][kColumns] = {}, base[kRows], sum[kRows] = {};
 #pragma unroll
     for (int r = 0; r < kRows; ++r) base[r] = -INFINITY;
     const float scale = log2_scale(args);
-    const int blocks = blocks_seen<kKeys>(args, plan, first_query + kQueries);
-    for (int block = 0; block < blocks; ++block) {
-      const float* block_shared = keys.at(block);
-      const float *k_shared = block_shared + own_key * kRow, *v_shared = block_shared + A::Keys::kSize + lane;
+    shared.for_each_block(first_query, [&](int first_key, const float* block_shared) {
+      const float *k_shared = block_shared + own_key * kRow, *v_shared = block_shared + A::Shared::kSize + lane;
 
       float s[kRows] = {};
 #pragma unroll 2
@@ -82,11 +70,11 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)  // 1: else ptxas spills for
 #pragma unroll
         for (int r = 0; r < kRows; ++r) s[r] += __shfl_xor_sync(kAllLanes, s[r], kKeys);
 
-      const int64_t first_key = int64_t{block} * kKeys, end_key = first_key + kKeys;
-      const bool ragged = end_key > args.keys, future = args.causal && end_key > first_query + 1;
-      if (ragged || future || args.mask)
+      if (shared.hides(first_query, first_key + kKeys))
+        hide(args, head, first_query, first_key, [&](const auto& visit) {
 #pragma unroll
-        for (int r = 0; r < kRows; ++r) s[r] = masked(args, head.mask, row + r, first_key + own_key, s[r]);
+          for (int r = 0; r < kRows; ++r) visit(own_row + r, own_key, s[r]);
+        });
 
       float top[kRows];
 #pragma unroll
@@ -122,13 +110,13 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)  // 1: else ptxas spills for
 #pragma unroll
         for (int c = 0; c < kColumns; ++c) out[r][c] += partial[r][c];
       __syncwarp();  // before the next block's weights are written
-    }
+    });
 
     warp_sum(sum);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       if (row + r >= args.queries) continue;
-      const int64_t place = (head.batch * args.queries + row + r) * args.heads + head.index;
+      const int64_t place = (int64_t{head.batch} * args.queries + row + r) * args.heads + head.index;
       float* to = static_cast<float*>(args.out) + place * real_depth;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c)
@@ -136,8 +124,7 @@ __global__ void __launch_bounds__(kWarps* kWarp, 1)  // 1: else ptxas spills for
           store_one(to + column, sum[r] == 0.0f ? 0.0f : divide(out[r][c], sum[r]));
       if (args.lse && lane == 0) store_one(args.lse + place, base[r] * scale * kLn2 + logf(sum[r]));
     }
-  }
-  wait_copies<0>();
+  });
 }
 
 template <int depth>

@@ -16,10 +16,10 @@ struct Attention {
   static constexpr int kSlices = depth > 256 ? 2 : 1, kShares = few ? kWarps : 1;
   static constexpr int kKeys = depth > 128 && !few ? 32 : 64;
   static constexpr int kMostWarps = few ? kWarps : 8;
-  using Keys = KeyBlocks<T, depth, kKeys>;
+  using Shared = Operands<T, depth, kKeys>;
   static constexpr __host__ __device__ int queries(int warps) { return 16 * warps / kSlices / kShares; }
   static constexpr int64_t shared_bytes(int stages, int warps) {
-    return 2 * (int64_t{queries(warps)} * kRowOf<T, depth> + int64_t{stages} * 2 * Keys::kSize);
+    return 2 * (int64_t{queries(warps)} * kRowOf<T, depth> + int64_t{stages} * 2 * Shared::kSize);
   }
 };
 
@@ -96,34 +96,21 @@ __global__ void __launch_bounds__(Attention<T, depth, few>::kMostWarps* kWarp, 1
   T* kv_shared = q_shared + queries * kRow;
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const Head<T> head(args, plan);
+  const Head head(plan, args.heads);
   const int real_depth = args.depth;
   const int own_row = few ? 0 : 16 * (warp % row_warps);  // of the tile of queries
   const int own_key = few ? warp * kOwnKeys : 0;          // of a block of keys
   const int own_column = A::kSlices > 1 ? warp / row_warps * kOwnDepth : 0;
-  const typename A::Keys keys{args, plan, head, kv_shared};
-  keys.start();
+  const typename A::Shared shared{args, plan, head, q_shared, kv_shared, queries};
 
-  const uint32_t first_tile = blockIdx.x % plan.blocks_per_head * plan.tiles_per_block;
-  uint32_t end_tile = first_tile + plan.tiles_per_block;
-  if (end_tile > plan.query_tiles) end_tile = plan.query_tiles;
-  for (uint32_t tile = first_tile; tile < end_tile; ++tile) {
-    const int64_t first_query = int64_t{tile} * queries;
-    __syncthreads();  // before the queries of the last tile are overwritten
-    copy_rows<T, depth>(q_shared, head.q + first_query * args.q_strides[1], args.q_strides[1], queries,
-                        args.queries - first_query, real_depth, plan.packs);
-    commit_copies();
-    keys.start_tile();
-
+  shared.for_each_tile([&](int first_query) {
     // Of the two rows of this lane, g and g + 8 of its warp's 16.
-    const int64_t row = first_query + own_row + lane / 4;
     float out[kDepthTiles][4] = {};
     float base[2] = {-INFINITY, -INFINITY}, sum[2] = {}, exact[2] = {};
     const float scale = log2_scale(args);
-    const int blocks = blocks_seen<A::kKeys>(args, plan, first_query + queries);
-    for (int block = 0; block < blocks; ++block) {
-      const T* k_shared = keys.at(block) + own_key * kRow;
-      const T* v_shared = k_shared + A::Keys::kSize + own_column;
+    shared.for_each_block(first_query, [&](int first_key, const T* block_shared) {
+      const T* k_shared = block_shared + own_key * kRow;
+      const T* v_shared = k_shared + A::Shared::kSize + own_column;
 
       float s[kKeyTiles][4] = {};
 #pragma unroll
@@ -139,15 +126,15 @@ __global__ void __launch_bounds__(Attention<T, depth, few>::kMostWarps* kWarp, 1
         }
       }
 
-      const int64_t first_key = int64_t{block} * A::kKeys + own_key, end_key = first_key + kOwnKeys;
-      const bool ragged = end_key > args.keys, future = args.causal && end_key > first_query + 1;
-      if (ragged || future || args.mask) {
+      first_key += own_key;
+      if (shared.hides(first_query, first_key + kOwnKeys))
+        hide(args, head, first_query, first_key, [&](const auto& visit) {
 #pragma unroll
-        for (int n = 0; n < kKeyTiles; ++n)
+          for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
-            s[n][i] = masked(args, head.mask, row + i / 2 * 8, first_key + 8 * n + lane % 4 * 2 + i % 2, s[n][i]);
-      }
+            for (int i = 0; i < 4; ++i)
+              visit(own_row + lane / 4 + i / 2 * 8, 8 * n + lane % 4 * 2 + i % 2, s[n][i]);
+        });
 
       float factor[2], shift[2];
 #pragma unroll
@@ -165,19 +152,21 @@ __global__ void __launch_bounds__(Attention<T, depth, few>::kMostWarps* kWarp, 1
       for (int n = 0; n < kDepthTiles; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) out[n][i] *= factor[i / 2];
+      uint32_t weights[kKeyTiles][2];  // as they enter the second product, in pairs
 #pragma unroll
       for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          s[n][i] = exp2_fast((s[n][i] - shift[i / 2]) * scale);
-          exact[i / 2] += s[n][i];
-          sum[i / 2] += round_to<T>(s[n][i]);  // the weights as they enter the second product
+        for (int r = 0; r < 2; ++r) {
+          const float one = exp2_fast((s[n][2 * r] - shift[r]) * scale);
+          const float other = exp2_fast((s[n][2 * r + 1] - shift[r]) * scale);
+          exact[r] += one + other;
+          sum[r] += round_to<T>(one) + round_to<T>(other);
+          weights[n][r] = pack_two<T>(one, other);
         }
 #pragma unroll
       for (int key = 0; key < kOwnKeys; key += 16) {
-        const float(&low)[4] = s[key / 8], (&high)[4] = s[key / 8 + 1];
-        const uint32_t a[4] = {pack_two<T>(low[0], low[1]), pack_two<T>(low[2], low[3]), pack_two<T>(high[0], high[1]),
-                               pack_two<T>(high[2], high[3])};
+        const uint32_t(&low)[2] = weights[key / 8], (&high)[2] = weights[key / 8 + 1];
+        const uint32_t a[4] = {low[0], low[1], high[0], high[1]};
 #pragma unroll
         for (int n = 0; n < kDepthTiles; n += 2) {
           uint32_t b[4];
@@ -186,17 +175,17 @@ __global__ void __launch_bounds__(Attention<T, depth, few>::kMostWarps* kWarp, 1
           multiply_add<T>(out[n + 1], a, b[2], b[3]);
         }
       }
-    }
+    });
 
     if constexpr (few)
-      if (!merge_shares(out, base, sum, exact, scale, reinterpret_cast<float*>(kv_shared))) continue;
+      if (!merge_shares(out, base, sum, exact, scale, reinterpret_cast<float*>(kv_shared))) return;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t query = row + 8 * r;
+      const int query = first_query + own_row + lane / 4 + 8 * r;
       const float weights = quad_sum(sum[r]), all = quad_sum(exact[r]);
       if (query >= args.queries) continue;
       const float share = base[r] == -INFINITY ? 0.0f : 1.0f / weights;
-      const int64_t place = (head.batch * args.queries + query) * args.heads + head.index;
+      const int64_t place = (int64_t{head.batch} * args.queries + query) * args.heads + head.index;
       T* to = static_cast<T*>(args.out) + place * real_depth;
 #pragma unroll
       for (int n = 0; n < kDepthTiles; ++n) {
@@ -214,8 +203,7 @@ __global__ void __launch_bounds__(Attention<T, depth, few>::kMostWarps* kWarp, 1
       if (args.lse && lane % 4 == 0 && own_column == 0)
         store_one(args.lse + place, base[r] == -INFINITY ? -INFINITY : base[r] * scale * kLn2 + logf(all));
     }
-  }
-  wait_copies<0>();
+  });
 }
 
 template <class T, int depth, bool few = false>

@@ -25,8 +25,9 @@ from fastdiff.backends._gpu import (
 from fastdiff.backends.cpu import run_overload
 from fastdiff.backends.losses import first_tensor, is_measured
 
-#: Elements of a channel of group_norm_silu, and channels of rms_norm_silu, as in csrc/cuda/kernels.h.
-MAX_PIXELS, MAX_RMS_CHANNELS = 2**31, 4096
+#: Elements of a channel of group_norm_silu, and from one query or key to the next in a mask of attention, and channels
+#: of rms_norm_silu, as in csrc/cuda.
+MAX_PIXELS, MAX_MASK_STRIDE, MAX_RMS_CHANNELS = 2**31, 2**23, 4096
 #: Rotary tables are rounded to fp32 where they are finer.
 TABLE_DTYPES = DTYPES | {torch.float64}
 
@@ -88,8 +89,17 @@ def _too_many_channels(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return f"there are {x.shape[1]} channels, more than {MAX_RMS_CHANNELS}" if x.shape[1] > MAX_RMS_CHANNELS else None
 
 
-#: What these kernels refuse beyond what all GPU kernels do.
+def _mask_too_wide(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
+    if attn_mask is not None:
+        for size, stride in zip(attn_mask.shape[-2:], attn_mask.stride()[-2:], strict=True):
+            if size > 1 and stride > MAX_MASK_STRIDE:
+                return f"attn_mask's queries or keys lie {stride} elements apart, more than 2^23"
+    return None
+
+
+#: What these kernels refuse beyond what all GPU kernels do: sizes that no model has.
 _LIMITS: dict[str, Refuse] = {
+    "attention": _mask_too_wide,
     "group_norm_silu": _image_too_large,
     "rms_norm_silu": _too_many_channels,
 }

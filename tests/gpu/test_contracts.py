@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_suite import NUMBERS, PRODUCT_ULPS, host_microseconds, run_numbers
+from gpu_suite import NUMBERS, assert_numerics_rule, host_microseconds, run_numbers, tensors_of
 from torch import Tensor
 
 from fastdiff import ops, use_backend
@@ -116,48 +116,17 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
     return calls
 
 
-def _tensors(result: Any) -> list[Tensor]:
-    return [result] if isinstance(result, Tensor) else [t for t in result if t.numel()]
-
-
-def _wide(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
-    if isinstance(value, (list, tuple)):
-        return type(value)(_wide(v) for v in value)
-    return {k: _wide(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-
 def check(call: Call, backend: str) -> None:
-    """Strictly that backend's kernel, into poisoned memory, against fp64, and against eager's error.
-
-    As in tests/ops/numerics.py, but for attention: torch's on a GPU rounds as often as ours, and whose error is the
-    larger one then is chance. RMS errors of fp32 results may be one unit in the last place, too: the GPU's own exp2 and
-    division are good to 2. For the log-sum-exp see PRODUCT_ULPS there.
-    """
+    """Strictly that backend's kernel, into poisoned memory, held to the numerics rule."""
     name, args, kwargs = call
     op = OPS[name]
     kernel = next(k for k in kernels_of(name) if k.backend == backend)
     if reason := kernel.refuse(*args, **kwargs):
         pytest.skip(reason)
-    exact = _tensors(op.eager(*_wide(args), **_wide(kwargs)))
-    eager = _tensors(op.eager(*args, **kwargs))
+    eager = tensors_of(op.eager(*args, **kwargs))
     held = [torch.full_like(t, torch.nan) for t in eager]
     del held  # the kernel's results are allocated where it was
-    ours = _tensors(kernel.run(*args, **kwargs))
-    if name == "gate_residual_adaln":  # its norm is of y as rounded
-        exact[1] = ops.adaln_modulate.eager(ours[0].double(), *_wide(args[3:]), **_wide(kwargs))
-    for got, stock, want in zip(ours, eager, exact, strict=True):
-        assert got.dtype == stock.dtype and got.shape == stock.shape and got.stride() == stock.stride()
-        ours_, eager_, rounded = (
-            ((t.double() - want).norm() / want.norm()).item() for t in (got, stock, want.to(got.dtype))
-        )
-        if got.dtype == torch.float32:
-            ulps = PRODUCT_ULPS if name == "attention" else 1
-            limit = max(2 * eager_, 2 * rounded, ulps * torch.finfo(torch.float32).eps)
-        else:
-            limit = 1.02 * (max(eager_, rounded) if name == "attention" else rounded)
-        assert ours_ <= limit, f"relative RMS error {ours_:.4g} exceeds {limit:.4g} (eager {eager_:.4g})"
+    assert_numerics_rule(name, tensors_of(kernel.run(*args, **kwargs)), eager, args, kwargs)
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_suite import NUMBERS, TESTS, host_microseconds, run_numbers
+from gpu_suite import NUMBERS, TESTS, assert_numerics_rule, host_microseconds, run_numbers, tensors_of
 
 from fastdiff import ops, use_backend
 from fastdiff.backends import cuda
@@ -74,15 +74,8 @@ def run(op: str, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
 
 
 def close(got: tuple[torch.Tensor, ...], op: str, *args: Any, **kwargs: Any) -> None:
-    """Within a few roundings of eager in fp64."""
-    args, kwargs = torch.utils._pytree.tree_map(
-        lambda a: a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a, (args, kwargs)
-    )
-    exact = getattr(ops, op).eager(*args, **kwargs)
-    for g, e in zip(got, (exact,) if isinstance(exact, torch.Tensor) else exact, strict=True):
-        if g.numel():
-            roundings = 4 if g.dtype == torch.float32 else 2  # in fp32 the sums' roundings count, too
-            assert ((g.double() - e).norm() / e.norm()).item() < roundings * torch.finfo(g.dtype).eps, op
+    eager = tensors_of(getattr(ops, op).eager(*args, **kwargs))
+    assert_numerics_rule(op, tensors_of(got), eager, args, kwargs)
 
 
 def test_every_op_has_a_call() -> None:
