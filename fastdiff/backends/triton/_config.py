@@ -64,6 +64,7 @@ _HOPPER: dict[str, Config] = {
     "attention/256": {"m": 64, "n": 32, "warps": 8, "stages": 2},
     "short_attention": _SHORT | {"keys_deep": FEW_KEYS, "hoist": False},
     "short_attention/160": _SHORT | {"hoist": False},
+    "short_attention/256": _SHORT | {"hoist": False, "keys_deep": 128},
     "short_attention/fp32": DEFAULT["short_attention/fp32"],
     "torch_attention": {"many": [*TORCH_ATTENTION[9, 0]], "few": [], "source": TORCH_ATTENTION_SOURCE},
 }
