@@ -135,6 +135,21 @@ def test_version_of_any_distribution(
     assert found is None if reason is None else reason in str(found)
 
 
+def test_what_the_kernels_ask_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA, ROCm and XPU name it differently."""
+    from fastdiff.backends.triton import _launch, attention
+
+    for device, properties, facts in (
+        ("cuda", {"multi_processor_count": 132, "shared_memory_per_block_optin": 232448}, (132, 232448)),
+        ("cuda", {"multi_processor_count": 304}, (304, 1 << 16)),
+        ("xpu", {"gpu_subslice_count": 20, "local_mem_size": 131072}, (20, 131072)),
+    ):
+        module = getattr(torch, device)
+        monkeypatch.setattr(module, "get_device_properties", lambda _, p=properties: SimpleNamespace(**p))
+        asked = (_launch.processors, attention.on_chip)
+        assert tuple(f.__wrapped__(torch.device(device, 0)) for f in asked) == facts
+
+
 def test_a_gpu_without_fp64_takes_no_scheduler_step(monkeypatch: pytest.MonkeyPatch) -> None:
     properties = {0: SimpleNamespace(has_fp64=True), 1: SimpleNamespace(has_fp64=False)}
     monkeypatch.setattr(backend, "device_type", lambda: "xpu")

@@ -326,7 +326,8 @@ def on_chip(device: torch.device) -> int:
     if device.type == "cpu":
         return 1 << 17
     properties = getattr(torch, device.type).get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 1 << 16)
+    # torch's names for it with CUDA and with XPU; AMD's compute units have 64 KB
+    return getattr(properties, "shared_memory_per_block_optin", 0) or getattr(properties, "local_mem_size", 1 << 16)
 
 
 def few_keys_blocks(keys: int, most: int) -> tuple[int, int, int]:
