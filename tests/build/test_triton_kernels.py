@@ -1,7 +1,7 @@
 """Every Triton kernel and every shipped configuration compiles for GPUs that are not here, and what comes out.
 
 Each kernel is compiled for two architectures. With FASTDIFF_TEST_ALL=1 (``make test-triton-all``) so is every kind of
-call, in every dtype, for all of them: some 1400 kernels, 15 minutes of one core. Triton's cache keeps what was compiled.
+call, in every dtype, for all of them: some 1400 kernels, 15 minutes of one core; Triton's cache keeps them.
 """
 
 from __future__ import annotations
