@@ -36,6 +36,10 @@ def test_entries_of_buckets_architectures_and_the_cache(monkeypatch: pytest.Monk
     monkeypatch.setattr(_config, "architecture", lambda _: (9, 0))
     assert _config.config("attention", CPU, 512) == _config.DEFAULT["attention/512"]
     assert _config.config("attention", CPU, 1024) == _config.DEFAULT["attention"]
+    assert _config.config("attention", CPU, "fp32/64") == _config.DEFAULT["attention/fp32"]
+    assert _config.config("attention", CPU, "fp32/512") == _config.DEFAULT["attention/fp32/512"]
+    with pytest.raises(KeyError):
+        _config.config("of no op", CPU, "fp32/512")
     assert _config.config("torch_attention", CPU)["many"] == [64, 128]
     entry = {"m": 64, "n": 64, "warps": 4, "stages": 3}
     _config.cache_file(CPU).write_text(json.dumps({"attention/512": entry, "rows": {"of another version": 1}}))
