@@ -153,6 +153,14 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def _most_keys(q: Tensor) -> int:
+    """How many, in whole tiles, stay on the chip; or 16, none of which does."""
+    from fastdiff.backends.triton import attention
+
+    fit = [n for n in range(16, 513, 16) if attention.few_keys_fit(n, q.shape[3], q.element_size(), q.device)]
+    return max(fit, default=16)
+
+
 def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     """Calls of every op that together need every kind of launch, at sizes of SD1.5, SDXL, DiT, SD3, Flux and VAEs."""
     from fastdiff.backends.triton import (
@@ -234,10 +242,11 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     for d in (40, 64, 72, 80, 88, 96, 112, 128, 160, 256, 512):
         q = heads(2, 4096, 8 if d < 512 else 1, d)
         found[f"attention {d}"] = lambda q=q: attention.run(q, q, q)
-    for keys in (1, 77, 154, 300, 512):
-        for d in (40, 64, 72, 128, 160):
-            q, k = heads(2, 4096, 8, d), heads(2, keys, 8, d)
-            found[f"attention {d}, {keys} keys"] = lambda q=q, k=k: attention.run(q, k, k)
+    for d in (40, 64, 72, 128, 160, 256):
+        q = heads(2, 4096, 8, d)
+        for keys in (1, 77, 154, 300, 512):
+            found[f"attention {d}, {keys} keys"] = lambda q=q, keys=keys: attention.run(q, *[q[:, :keys]] * 2)
+        found[f"attention {d}, most keys"] = lambda q=q: attention.run(q, *[q[:, : _most_keys(q)]] * 2)
     q = heads(2, 1000, 8, 64)
     for name, mask in (("bool", torch.bool), ("additive", dtype)):
         m = meta(2, 1, 1000, 1000, dtype=mask)

@@ -36,6 +36,10 @@ def test_entries_of_buckets_architectures_and_the_cache(monkeypatch: pytest.Monk
     monkeypatch.setattr(_config, "architecture", lambda _: (9, 0))
     assert _config.config("attention", CPU, 512) == _config.DEFAULT["attention/512"]
     assert _config.config("attention", CPU, 1024) == _config.DEFAULT["attention"]
+    assert _config.config("attention", CPU, "fp32/64") == _config.DEFAULT["attention/fp32"]
+    assert _config.config("attention", CPU, "fp32/512") == _config.DEFAULT["attention/fp32/512"]
+    with pytest.raises(KeyError):
+        _config.config("of no op", CPU, "fp32/512")
     assert _config.config("torch_attention", CPU)["many"] == [64, 128]
     entry = {"m": 64, "n": 64, "warps": 4, "stages": 3}
     _config.cache_file(CPU).write_text(json.dumps({"attention/512": entry, "rows": {"of another version": 1}}))
@@ -133,6 +137,21 @@ def test_version_of_any_distribution(
     finally:
         _config.triton_version.cache_clear()
     assert found is None if reason is None else reason in str(found)
+
+
+def test_what_the_kernels_ask_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA, ROCm and XPU name it differently."""
+    from fastdiff.backends.triton import _launch, attention
+
+    for device, properties, facts in (
+        ("cuda", {"multi_processor_count": 132, "shared_memory_per_block_optin": 232448}, (132, 232448)),
+        ("cuda", {"multi_processor_count": 304}, (304, 1 << 16)),
+        ("xpu", {"gpu_subslice_count": 20, "local_mem_size": 131072}, (20, 131072)),
+    ):
+        module = getattr(torch, device)
+        monkeypatch.setattr(module, "get_device_properties", lambda _, p=properties: SimpleNamespace(**p))
+        asked = (_launch.processors, attention.on_chip)
+        assert tuple(f.__wrapped__(torch.device(device, 0)) for f in asked) == facts
 
 
 def test_a_gpu_without_fp64_takes_no_scheduler_step(monkeypatch: pytest.MonkeyPatch) -> None:

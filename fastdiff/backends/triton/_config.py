@@ -1,6 +1,7 @@
 """Launch configurations: a small table, refined per architecture, and by ``python -m fastdiff tune`` per device.
 
-Nothing is tuned while a user's picture is drawn. An entry is found under ``"<op>/<bucket>"``, else ``"<op>"``.
+Nothing is tuned while a user's picture is drawn. An entry is found under ``"<op>/<bucket>"``, else ``"<op>"``; a bucket
+may have buckets.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ Config = dict[str, Any]
 _SHORT: Config = {"m": 64, "n": 64, "warps": 4, "waves": 2, "keys": FEW_KEYS, "keys_deep": 160, "hoist": True}
 
 #: Used wherever neither an architecture nor the tuning of the device says otherwise. Buckets: rows by the power of
-#: two that holds the row, attention by head dimension (its power of two; of few keys: as it is held) or "fp32".
+#: two that holds the row; attention by head dimension, "fp32" apart: the power of two below it, in it as it is held;
+#: of few keys as it is held.
 DEFAULT: dict[str, Config] = {
     "elementwise": {"block": 1024, "warps": 4},
     "cfg_rescale": {"block": 4096, "warps": 8},
@@ -38,19 +40,19 @@ DEFAULT: dict[str, Config] = {
     "qk_norm_rope": {"elements": 1024},
     # pixels: how many a tile holds; once: up to how many per sample go in one launch
     "group_norm": {"pixels": 64, "warps": 8, "waves": 2, "once": 512},
+    "group_norm/fp32": {"pixels": 32, "warps": 8, "waves": 2, "once": 512},
     "rms_norm": {"elements": 8192, "warps": 8},
     "attention": {"m": 128, "n": 64, "warps": 8, "stages": 2},
-    "attention/32": {"m": 128, "n": 64, "warps": 4, "stages": 2},
-    "attention/64": {"m": 128, "n": 64, "warps": 8, "stages": 2},
-    "attention/128": {"m": 128, "n": 64, "warps": 8, "stages": 2},
-    "attention/256": {"m": 64, "n": 32, "warps": 8, "stages": 2},
+    "attention/128/160": {"m": 128, "n": 32, "warps": 8, "stages": 2},
+    "attention/256": {"m": 32, "n": 64, "warps": 8, "stages": 2},
     "attention/512": {"m": 32, "n": 32, "warps": 8, "stages": 1},
-    "attention/fp32": {"m": 32, "n": 32, "warps": 4, "stages": 1},
+    "attention/fp32": {"m": 32, "n": 32, "warps": 8, "stages": 1},
+    "attention/fp32/512": {"m": 16, "n": 32, "warps": 8, "stages": 1},
     "short_attention": _SHORT,
     "short_attention/128": _SHORT | {"m": 32},
     "short_attention/256": _SHORT | {"m": 32, "keys_deep": 128},
-    # without matrix instructions the registers hold less
-    "short_attention/fp32": _SHORT | {"m": 32, "keys": 128, "keys_deep": 128},
+    # its unrolled products, without matrix instructions, would spill
+    "short_attention/fp32": _SHORT | {"keys": 0, "keys_deep": 0},
     # head dimensions at which torch's attention, in half precision, is the faster one: with many keys, and with few;
     # source: of that knowledge
     "torch_attention": {"many": [], "few": [], "source": "not measured"},
@@ -59,10 +61,11 @@ DEFAULT: dict[str, Config] = {
 
 #: Of sm_90 and sm_100. Their matrix instructions read keys and values where they lie on the chip, not from registers.
 _HOPPER: dict[str, Config] = {
-    # two groups of four warps, each with 64 queries; in one, twice the code would take twice as long to compile
-    "attention/32": DEFAULT["attention/32"] | {"warps": 8},
+    "attention/128/160": DEFAULT["attention"],
+    "attention/256": {"m": 64, "n": 32, "warps": 8, "stages": 2},
     "short_attention": _SHORT | {"keys_deep": FEW_KEYS, "hoist": False},
     "short_attention/160": _SHORT | {"hoist": False},
+    "short_attention/256": _SHORT | {"hoist": False, "keys_deep": 128},
     "short_attention/fp32": DEFAULT["short_attention/fp32"],
     "torch_attention": {"many": [*TORCH_ATTENTION[9, 0]], "few": [], "source": TORCH_ATTENTION_SOURCE},
 }
@@ -85,6 +88,9 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
     | {
         "short_attention": _SHORT | {"keys": 320, "hoist": False},
         "short_attention/256": DEFAULT["short_attention/256"],
+        # for ptxas of CUDA 13.4, which would rather spill a register than use more
+        "rows/4096": DEFAULT["rows/4096"] | {"warps": 16},
+        "qk_norm_rope": {"elements": 2048},
     },
 }
 
@@ -138,7 +144,10 @@ def table(device: torch.device) -> dict[str, Config]:
 def config(op: str, device: torch.device, bucket: int | str | None = None) -> Config:
     """The entry for one launch."""
     entries = table(device)
-    return entries.get(f"{op}/{bucket}") or entries[op]
+    key = op if bucket is None else f"{op}/{bucket}"
+    while key not in entries and key != op:
+        key = key.rpartition("/")[0]
+    return entries[key]
 
 
 @fact

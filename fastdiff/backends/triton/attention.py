@@ -4,7 +4,7 @@ A head dimension D is held as D0 + D1, the largest power of two below it and the
 which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of two would cost up to twice the work.
 The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
 
-How many keys stay on the chip, in half precision; with more, and in fp32 with more than 128, the first kernel runs.
+How many keys stay on the chip, in half precision; with more, and in fp32, the first kernel runs.
 Shared memory is the limit but at 160 (of 256: 128): there it is the registers, which more would spill, and on sm_100
 tensor memory.
 
@@ -18,7 +18,7 @@ head dimension  sm_80  sm_89  sm_90  sm_100 and later
 88, 96          160    160    512    160
 112, 128        160    160    416    160
 160             160    96     160    160
-256             128    80     192    128
+256             128    80     128    128
 ==============  =====  =====  =====  ================
 """
 
@@ -48,6 +48,8 @@ from fastdiff.backends.triton._launch import (
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 #: The smallest operand of a matrix product.
 SMALLEST = 16
+#: Of a head dimension, in one product of fp32.
+PART = tl.constexpr(32)
 #: Bytes of shared memory for what passes between warps.
 SLACK = 1024
 
@@ -81,15 +83,33 @@ def _dot(a, b, acc):
 
 
 @_math.device
-def _logits(
-    q, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale,
-    D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
-):
-    """``q k^T``; with an additive mask scaled and masked. Keys that a query does not see have -inf."""
+def _products(q, block, D1: tl.constexpr):
+    """``q k^T``."""
     q0, q1 = q
+    k0, k1, _, _ = block
     s = _dot(q0, k0, tl.zeros([q0.shape[0], k0.shape[1]], tl.float32))
     if D1:
         s = _dot(q1, k1, s)
+    return s
+
+
+@_math.device
+def _products_by_parts(q, k, row, key, q_s, k_s, queries, keys, D: tl.constexpr, PART: tl.constexpr):
+    """The same of fp32, which has no matrix instruction: a product is unrolled, and of a whole head it would spill."""
+    s = tl.zeros([row.shape[0], key.shape[0]], tl.float32)
+    for first in tl.range(0, D, PART, num_stages=1):
+        column = first + tl.arange(0, PART)
+        of_keys = _load_transposed(k, key, k_s, column, keys, D, False, False)
+        s = _dot(_load(q, row, q_s, column, queries, D, False, False), of_keys, s)
+    return s
+
+
+@_math.device
+def _masked(
+    s, mask, row, key, m_q, m_k, queries, keys, scale,
+    MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
+):
+    """Products as logits, scaled where an additive mask is added. Keys that a query does not see have -inf."""
     if MASK:
         inside = (row < queries)[:, None] & (key < keys)[None, :]
         at = mask + row.to(tl.int64)[:, None] * m_q + key.to(tl.int64)[None, :] * m_k
@@ -111,14 +131,10 @@ def _store(out, row, queries, stride, column, depth, value):
 
 
 @_math.device
-def _accumulate(
-    q, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit,
-    D1: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr, EVERY_KEY: tl.constexpr,
-):
-    """One block of keys: the running weighted sum of values, maximum and sums of weights."""
-    k0, k1, v0, v1 = block
+def _accumulate(s, block, state, unit, D1: tl.constexpr):
+    """One block of keys and their logits: the running weighted sum of values, maximum and sums of weights."""
+    _, _, v0, v1 = block
     acc0, acc1, top, total, share = state
-    s = _logits(q, k0, k1, mask, row, key, m_q, m_k, queries, keys, scale, D1, MASK, CAUSAL, EVERY_KEY)
     new = tl.maximum(top, tl.max(s, axis=1))
     # Of a query that has seen no key yet: exp(-inf - 0) = 0, where -inf - -inf would be NaN.
     safe = tl.where(new == float("-inf"), 0.0, new)
@@ -216,25 +232,33 @@ def _flash(
     both = _load_queries(q, row, q_s * VEC, queries, WIDEN, D, D0, D1)
     # The logits' unit in powers of two; the scale is in them already where a mask was added.
     unit = _LOG2E if MASK == 2 else scale * _LOG2E
+    FP32: tl.constexpr = q.dtype.element_ty == tl.float32
+    # One loop takes the blocks that need no masking of keys, another the rest. Where a mask is read, or products cost
+    # most, that gains little, and one loop is half the code to compile.
+    ONE_LOOP: tl.constexpr = MASK or FP32
     end = keys
-    every = keys // N * N
+    every = keys if ONE_LOOP else keys // N * N
     if CAUSAL:
         end = tl.minimum(keys, tile * M + M)
-        every = tl.minimum(every, tile * M // N * N)
+        every = end if ONE_LOOP else tl.minimum(every, tile * M // N * N)
     state = _start(M, D0, D1)
     for first in range(0, every, N):
         key = first + tl.arange(0, N)
-        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, True)
-        state = _accumulate(
-            both, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, False, True
-        )
-    # Few blocks, which a pipeline would only unroll.
-    for first in tl.range(every, end, N, num_stages=1):
-        key = first + tl.arange(0, N)
-        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, False)
-        state = _accumulate(
-            both, block, state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, CAUSAL, False
-        )
+        block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, not ONE_LOOP)
+        if FP32:
+            s = _products_by_parts(q, k, row, key, q_s * VEC, k_s * VEC, queries, keys, D, PART)
+        else:
+            s = _products(both, block, D1)
+        s = _masked(s, mask, row, key, m_q, m_k, queries, keys, scale, MASK, CAUSAL and ONE_LOOP, not ONE_LOOP)
+        state = _accumulate(s, block, state, unit, D1)
+    if not ONE_LOOP:
+        # Few blocks, which a pipeline would only unroll.
+        for first in tl.range(every, end, N, num_stages=1):
+            key = first + tl.arange(0, N)
+            block = _load_keys(k, v, key, k_s * VEC, v_s * VEC, keys, WIDEN, D, D0, D1, False)
+            s = _products(both, block, D1)
+            s = _masked(s, mask, row, key, m_q, m_k, queries, keys, scale, MASK, CAUSAL, False)
+            state = _accumulate(s, block, state, unit, D1)
     _finish(state, out, lse, row, queries, heads, unit, D, D0, D1)
 
 
@@ -283,10 +307,9 @@ def _few_keys(
         state = _start(M, D0, D1)
         for i in tl.static_range(BLOCKS):
             key = _keys_of(i, N, COUNT, REST)
-            state = _accumulate(
-                both, held[i], state, mask, row, key, m_q, m_k, queries, keys, scale, unit, D1, MASK, CAUSAL,
-                i < BLOCKS - 1,
-            )
+            s = _products(both, held[i], D1)
+            s = _masked(s, mask, row, key, m_q, m_k, queries, keys, scale, MASK, CAUSAL, i < BLOCKS - 1)
+            state = _accumulate(s, held[i], state, unit, D1)
         _finish(state, out, lse, row, queries, heads, unit, D, D0, D1)
 
 
@@ -303,7 +326,8 @@ def on_chip(device: torch.device) -> int:
     if device.type == "cpu":
         return 1 << 17
     properties = getattr(torch, device.type).get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", 1 << 16)
+    # torch's names for it with CUDA and with XPU; AMD's compute units have 64 KB
+    return getattr(properties, "shared_memory_per_block_optin", 0) or getattr(properties, "local_mem_size", 1 << 16)
 
 
 def few_keys_blocks(keys: int, most: int) -> tuple[int, int, int]:
@@ -320,9 +344,7 @@ def _fit(keys: int, depth: int, itemsize: int, limit: int, m: int, n: int, most:
     if keys > most or depth > 256:
         return False
     block, count, rest = few_keys_blocks(keys, n)
-    # Without matrix instructions a tile of weights too.
-    tile = m * (sum(split(depth)) + (block if itemsize == 4 else 0))
-    return (2 * (block * count + rest) * sum(split(depth)) + tile) * itemsize + SLACK <= limit
+    return (2 * (block * count + rest) + m) * sum(split(depth)) * itemsize + SLACK <= limit
 
 
 def few_keys_fit(keys: int, depth: int, itemsize: int, device: torch.device) -> bool:
@@ -378,7 +400,8 @@ def run(
         constants = (vec, m, *blocks, tuned["hoist"] or blocks[1:] == (1, 0), *shape)
         _few_keys.launch(batch * heads * tiles, tensors, (*sizes, *scalars), constants, warps=tuned["warps"])
     else:
-        tuned = config("attention", q.device, "fp32" if itemsize == 4 else power_of_2(depth + 1) // 2)
+        d0, held = split(depth)[0], sum(split(depth))
+        tuned = config("attention", q.device, f"fp32/{held}" if itemsize == 4 else f"{d0}/{held}")
         tiles = cdiv(queries, tuned["m"])
         _flash.launch(
             batch * heads * tiles,
