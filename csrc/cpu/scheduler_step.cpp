@@ -32,8 +32,8 @@ struct Single {
 // In fp64: terms of a step cancel, and an fp32 result would show what each addition lost. Two registers, for the two
 // halves of an fp32 one.
 struct Double {
+  static constexpr int unroll = 2;
 #if defined(__AVX512F__)
-  static constexpr int unroll = 4;
   using Half = __m512d;
   static Half widen(__m256 x) { return _mm512_cvtps_pd(x); }
   static __m256 narrow(Half x) { return _mm512_cvtpd_ps(x); }
@@ -49,7 +49,6 @@ struct Double {
   static Half fma(Half a, Half b, Half c) { return _mm512_fmadd_pd(a, b, c); }
   static Half clamp(Half x, Half b) { return _mm512_min_pd(b, _mm512_max_pd(_mm512_sub_pd(all(0), b), x)); }
 #else
-  static constexpr int unroll = 2;
   using Half = __m256d;
   static Half widen(__m128 x) { return _mm256_cvtps_pd(x); }
   static __m128 narrow(Half x) { return _mm256_cvtpd_ps(x); }
@@ -126,27 +125,27 @@ template <class Access, bool keeps, int count, class Lanes>
 inline void step(const SchedulerStepArgs& args, int64_t i, Lanes lanes) {
   using Sum = typename Access::Sum;
   Sum next[count], entry[count], kept[count];
+  // Most tensors are in one or two of the results only, and the arithmetic is what takes the time.
+  const auto add_to = [](Sum(&sum)[count], double c, const Sum(&value)[count]) {
+    if (c != 0)
+      for (int k = 0; k < count; ++k) sum[k].add(c, value[k]);
+  };
   const auto add = [&](const SchedulerStepArgs::Operand& t) {
     Sum value[count];
     for (int k = 0; k < count; ++k) value[k] = Access::read(t.data, t.dtype, i + k * Vec::size, lanes);
-    // Many tensors are in one or two of the results only, and the arithmetic is what takes the time.
-    const auto add_to = [&](Sum(&sum)[count], double c) {
-      if (c != 0)
-        for (int k = 0; k < count; ++k) sum[k].add(c, value[k]);
-    };
-    add_to(next, t.in_next);
-    if constexpr (keeps) add_to(kept, t.in_kept);
-    add_to(entry, t.in_entry);
+    add_to(next, t.in_next, value);
+    if constexpr (keeps) add_to(kept, t.in_kept, value);
+    add_to(entry, t.in_entry, value);
   };
   add(args.sample);
   add(args.model_output);
   if (args.entry) {
     for (int k = 0; k < count; ++k) {
       if (args.clip >= 0) entry[k].clamp(args.clip);
-      next[k].add(args.entry_in_next, entry[k]);
-      if constexpr (keeps) kept[k].add(args.entry_in_kept, entry[k]);
       Access::write(args.entry, args.entry_dtype, i + k * Vec::size, entry[k], lanes);
     }
+    add_to(next, args.entry_in_next, entry);
+    if constexpr (keeps) add_to(kept, args.entry_in_kept, entry);
   }
   if (args.noise.data) add(args.noise);
   for (int h = 0; h < args.history_count; ++h) add(args.history[h]);

@@ -13,6 +13,8 @@ from torch import Tensor
 
 _IMMUTABLE = (int, float, str, type(None), torch.Size, torch.device, torch.dtype, np.generic)
 
+_KEPT = frozenset({int, float, str, type(None)})  # the most frequent of them
+
 
 class Setting(NamedTuple):
     """What one call of ``set_timesteps`` did.
@@ -27,7 +29,7 @@ class Setting(NamedTuple):
 
     def again(self) -> dict[str, Any]:
         """The attributes to set: tensors, arrays and lists are new ones, as those of the stock call."""
-        return {name: _copy(value) for name, value in self.changes.items()}
+        return {name: value if type(value) in _KEPT else _copy(value) for name, value in self.changes.items()}
 
 
 def arguments_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
