@@ -68,10 +68,8 @@ After::After(const py::handle& after) {
     constant = after.attr("value");
 }
 
-const py::object& After::of(const std::vector<Value>& values) const {
-  const py::object& found = position < 0 ? constant : values.at(position).object();
-  if (!found) throw std::runtime_error("fastdiff: a known step has no value " + std::to_string(position));
-  return found;
+std::runtime_error After::missing() const {
+  return std::runtime_error("fastdiff: a known step has no value " + std::to_string(position));
 }
 
 KnownStep::KnownStep(const py::dict& parts) {

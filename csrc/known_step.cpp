@@ -57,6 +57,7 @@ void KnownStep::launch(const Launch& launch, PyObject* site, const py::object& s
 
 void KnownStep::keep_books(const Call& call) const {
   std::vector<py::object> items;
+  items.reserve(BoundStep::kMost);
   for (const History& entry : history_) {
     if (!entry.many) {
       set_in_both(call.attributes, call.left, entry.name, entry.after[0].of(call.values));
@@ -87,13 +88,15 @@ void KnownStep::keep_books(const Call& call) const {
 }
 
 py::object KnownStep::result(const Values& values) const {
+  if (output_.ptr() == reinterpret_cast<PyObject*>(&PyTuple_Type)) {
+    const py::object tuple = owned(PyTuple_New(static_cast<Py_ssize_t>(fields_.size())));
+    for (size_t i = 0; i < fields_.size(); ++i)
+      PyTuple_SET_ITEM(tuple.ptr(), i, Py_NewRef(fields_[i].of(values).ptr()));
+    return tuple;
+  }
   std::vector<PyObject*> found;
   for (const After& field : fields_) found.push_back(field.of(values).ptr());
-  if (output_.ptr() != reinterpret_cast<PyObject*>(&PyTuple_Type))
-    return owned(PyObject_Vectorcall(output_.ptr(), found.data(), 0, field_names_.ptr()));
-  py::tuple tuple(found.size());
-  for (size_t i = 0; i < found.size(); ++i) tuple[i] = shared(found[i]);
-  return tuple;
+  return owned(PyObject_Vectorcall(output_.ptr(), found.data(), 0, field_names_.ptr()));
 }
 
 py::object KnownStep::run(PyObject* stepper, PyObject* site, PyObject* args, PyObject* kwargs) const {

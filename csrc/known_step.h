@@ -20,7 +20,15 @@ struct After {
   py::object constant;
 
   explicit After(const py::handle& after);
-  const py::object& of(const std::vector<Value>& values) const;
+  const py::object& of(const std::vector<Value>& values) const {
+    const py::object* found = &constant;
+    if (position >= 0) found = static_cast<size_t>(position) < values.size() ? &values[position].object() : nullptr;
+    if (!found || !*found) throw missing();
+    return *found;
+  }
+
+ private:
+  std::runtime_error missing() const;
 };
 
 struct Argument {

@@ -78,7 +78,7 @@ def why_not(scheduler: Any) -> str | None:
 @packed
 def step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In place of ``step`` of a patched scheduler."""
-    site: Site = vars(scheduler)[SITE]
+    site: Site = scheduler.__dict__[SITE]
     return site.state.step(site, args, kwargs)
 
 

@@ -54,13 +54,17 @@ class Configuration:
         fixed: of the scheduler's attributes, the values of ``names``.
         tables: of them, the tensors that count the writes to them.
         untraced: those values that may change without a trace.
+        key: what it is found by; ``None`` after it was dropped.
 
     Args:
         names: of the attributes that are fixed.
         without: of others, which steps change.
     """
 
-    def __init__(self, scheduler: Any, sampler: Sampler, names: list[str], without: frozenset[str]) -> None:
+    def __init__(
+        self, scheduler: Any, sampler: Sampler, names: list[str], without: frozenset[str], key: Any
+    ) -> None:
+        self.key = key
         attributes = vars(scheduler)
         untraced = [name for name in names if _is_untraced(attributes[name])]
         self.fixed, self.untraced = _getter(names), _getter(untraced)
@@ -79,6 +83,12 @@ class Configuration:
         self._places: dict[Any, Place] = {}
         self._starts: dict[int | float, int] = {}
         self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+    def drop(self) -> None:
+        """No longer serve: what leads here looks for another one."""
+        self.key = None
+        self.settings.clear()
+        self.forget()
 
     def forget(self) -> None:
         """Drop all steps, and what would keep them: each leads to the next."""
@@ -126,7 +136,6 @@ class Schedule:
         self._not_fixed = frozenset(not_fixed)
         self.configurations: OrderedDict[Any, Configuration] = OrderedDict()
         self._configuration: Configuration | None = None
-        self._key: Any = None
         self._attributes = 0
         self._bound: tuple[Any, ...] = ()
         self._options: dict[str, Any] = {}
@@ -188,16 +197,16 @@ class Schedule:
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         key = given, held, begin, untraced, torch.get_default_dtype(), gpu
         known = settings.get(key)
-        if known is not None and known.key in self.configurations:
+        if known is not None and known.configuration.key is not None:
             with ordinary_tensors():
                 vars(scheduler).update(known.again())
-            return self._take_up(known.key)
+            return self._take_up(known.configuration)
         changes = changes_by(scheduler, stock)
         configuration = self.read()
         if changes is not None:
             if len(settings) >= MAX_CONFIGURATIONS:
                 settings.clear()
-            settings[key] = Setting(changes, self._key)
+            settings[key] = Setting(changes, configuration)
         return configuration
 
     def read(self) -> Configuration:
@@ -209,20 +218,21 @@ class Schedule:
             self._options = dict(options)
             self._frozen_options = (*options, *map(_frozen, options.values()))
         key = (*names, *[self._freeze(name, attributes[name]) for name in names], *self._frozen_options)
-        if key not in self.configurations:
+        configuration = self.configurations.get(key)
+        if configuration is None:
             with ordinary_tensors():
-                made = Configuration(self.scheduler, self.sampler, names, self._not_fixed - {"_internal_dict"})
-            self.configurations[key] = made
+                without = self._not_fixed - {"_internal_dict"}
+                configuration = Configuration(self.scheduler, self.sampler, names, without, key)
+            self.configurations[key] = configuration
             if len(self.configurations) > MAX_CONFIGURATIONS:
-                self.configurations.popitem(last=False)
-        return self._take_up(key)
+                self.configurations.popitem(last=False)[1].drop()
+        return self._take_up(configuration)
 
-    def _take_up(self, key: Any) -> Configuration:
-        """Note that the scheduler, as it is now, is in the configuration of that key."""
+    def _take_up(self, configuration: Configuration) -> Configuration:
+        """Note that the scheduler, as it is now, is in this configuration."""
         attributes = vars(self.scheduler)
-        if next(reversed(self.configurations)) is not key:
-            self.configurations.move_to_end(key)
-        self._key, configuration = key, self.configurations[key]
+        if next(reversed(self.configurations.values())) is not configuration:
+            self.configurations.move_to_end(configuration.key)
         self._configuration = configuration
         self._attributes = len(attributes)
         self._bound = configuration.fixed(attributes)

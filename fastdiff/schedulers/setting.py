@@ -21,11 +21,11 @@ class Setting(NamedTuple):
 
     Attributes:
         changes: the attributes that it set, and to what.
-        key: of the configuration that it led to.
+        configuration: that it led to.
     """
 
     changes: dict[str, Any]
-    key: Any
+    configuration: Any
 
     def again(self) -> dict[str, Any]:
         """The attributes to set: tensors, arrays and lists are new ones, as those of the stock call."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff.backends import overridden
 from fastdiff.patching._site import Site
@@ -142,7 +143,7 @@ class Stepper:
 
     def step(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's step; arguments and result as in the stock one."""
-        if not torch.compiler.is_dynamo_compiling():
+        if not is_dynamo_compiling():
             place = self._place  # all is read once: other threads may set it
             following = None if place is None else place.next
             known = None if following is None else following.known
