@@ -107,7 +107,7 @@ class Build:
 
     def link_step(self, objects: list[Path]) -> Step:
         # libtorch stays linked even if nothing refers to it: through it the CUDA library's symbols are found.
-        torch = [f"-L{self.torch.path / 'lib'}", "-ltorch", "-ltorch_cpu"]
+        torch = [f"-L{self.torch.path / 'lib'}", "-ltorch", "-ltorch_cpu", "-ltorch_python"]
         if sys.platform == "darwin":
             libraries = ["-bundle", "-undefined", "dynamic_lookup", *torch]
         else:

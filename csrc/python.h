@@ -3,7 +3,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace fastdiff {
@@ -53,14 +55,37 @@ inline bool same(PyObject* a, PyObject* b) {
   return equal;
 }
 
+// Pairs of dictionaries that were found identical, so that they need no comparing as long as nobody writes to them:
+// until Python 3.11 every state of every dictionary has a number of its own.
+class Identical {
+ public:
+#if PY_VERSION_HEX < 0x030C0000
+  static bool is_noted(PyObject* a, PyObject* b) { return place(a, b) == std::pair(version(a), version(b)); }
+  static void note(PyObject* a, PyObject* b) { place(a, b) = {version(a), version(b)}; }
+
+ private:
+  using Pair = std::pair<uint64_t, uint64_t>;
+  static uint64_t version(PyObject* dict) { return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag; }
+  static Pair& place(PyObject* a, PyObject* b) {
+    static Pair places[64] = {};  // the lock of the interpreter is held
+    return places[(version(a) ^ version(b)) % 64];
+  }
+#else
+  static bool is_noted(PyObject*, PyObject*) { return false; }
+  static void note(PyObject*, PyObject*) {}
+#endif
+};
+
 // Whether two dictionaries hold the same objects in the same order, but for that of the name `except`.
 inline bool identical(PyObject* a, PyObject* b, PyObject* except) {
+  if (Identical::is_noted(a, b)) return true;
   if (PyDict_Size(a) != PyDict_Size(b)) return false;
   Py_ssize_t i = 0, j = 0;
   PyObject *name, *value, *other_name, *other;
   while (PyDict_Next(a, &i, &name, &value))
     if (!PyDict_Next(b, &j, &other_name, &other) || name != other_name || (value != other && name != except))
       return false;
+  Identical::note(a, b);
   return true;
 }
 
@@ -79,9 +104,27 @@ inline PyObject* still_there(PyObject* o) {
   throw std::runtime_error("fastdiff: the scheduler was changed while it made a step");
 }
 
-inline void replace(PyObject* list, const py::object& items) {
+// Let a list hold these items, and no others.
+inline void fill(PyObject* list, const std::vector<py::object>& items) {
   if (!PyList_CheckExact(still_there(list))) still_there(nullptr);
-  if (PyList_SetSlice(list, 0, PyList_GET_SIZE(list), items.ptr())) throw py::error_already_set();
+  const auto size = static_cast<Py_ssize_t>(items.size());
+  if (PyList_GET_SIZE(list) == size) {
+    for (Py_ssize_t i = 0; i < size; ++i)
+      if (PyList_SetItem(list, i, Py_NewRef(items[i].ptr()))) throw py::error_already_set();
+    return;
+  }
+  py::list whole(size);
+  for (Py_ssize_t i = 0; i < size; ++i) whole[i] = items[i];
+  if (PyList_SetSlice(list, 0, PyList_GET_SIZE(list), whole.ptr())) throw py::error_already_set();
+}
+
+// Set one value in both of two dictionaries, which stay identical if they were.
+inline void set_in_both(const py::object& a, const py::object& b, const py::object& key, const py::object& value) {
+  const bool were = Identical::is_noted(a.ptr(), b.ptr());
+  const py::object old = shared(at(a, key));  // that what it does when it goes comes after
+  set(a, key, value);
+  set(b, key, value);
+  if (were) Identical::note(a.ptr(), b.ptr());
 }
 
 #define NAME(name)                                                 \

@@ -1,44 +1,39 @@
-// Tensors that came from Python, asked for what they are by torch's stable ABI and without its headers.
+// Tensors that came from Python, or go there, without torch's Python side.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 #include <vector>
 
 #include <pybind11/stl.h>
 
 #include "python.h"
-
-// Of torch's stable ABI; a handle is the address of an at::Tensor, which is one pointer to its implementation.
-struct AtenTensorOpaque;
-extern "C" {
-int32_t aoti_torch_get_layout(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_layout_strided();
-int32_t aoti_torch_get_dtype(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_get_device_type(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_get_device_index(AtenTensorOpaque*, int32_t*);
-int32_t aoti_torch_get_dim(AtenTensorOpaque*, int64_t*);
-int32_t aoti_torch_get_sizes(AtenTensorOpaque*, int64_t**);
-int32_t aoti_torch_is_contiguous(AtenTensorOpaque*, bool*);
-int32_t torch_get_const_data_ptr(AtenTensorOpaque*, const void**);
-int32_t torch_get_mutable_data_ptr(AtenTensorOpaque*, void**);
-bool aoti_torch_grad_mode_is_enabled();
-}
+#include "torch_abi.h"
 
 namespace fastdiff {
 
 // What is needed of torch's Python side.
-struct Torch {
-  py::object tensor = py::module_::import("torch").attr("Tensor");
-  py::object implementation = tensor.attr("_cdata"), version = tensor.attr("_version");
-  py::object requires_grad = tensor.attr("requires_grad"), dtype = tensor.attr("dtype");
-  py::object is_neg = tensor.attr("is_neg"), lerp = py::module_::import("torch").attr("lerp");
+class Torch {
+ public:
+  py::object module = py::module_::import("torch");
+  py::object tensor = module.attr("Tensor"), requires_grad = tensor.attr("requires_grad"), lerp = module.attr("lerp");
 
   static const Torch& get() {
     static const Torch* torch = new Torch;  // kept until the process ends
     return *torch;
   }
+
+  void* implementation(PyObject* t) const { return follows_head_ ? word_after_head(t) : told(t); }
+
+ private:
+  static void* word_after_head(PyObject* t) { return *reinterpret_cast<void**>(t + 1); }
+  void* told(PyObject* t) const;
+
+  py::object told_ = tensor.attr("_cdata"), example_ = module.attr("empty")(0);
+  // Whether the at::Tensor is what comes first in the Python object, as in torch 2.13; in others a flag does.
+  bool follows_head_ = word_after_head(example_.ptr()) == told(example_.ptr());
 };
 
 // Of a descriptor of torch.Tensor.
@@ -46,17 +41,31 @@ inline py::object property(const py::object& descriptor, PyObject* t) {
   return owned(Py_TYPE(descriptor.ptr())->tp_descr_get(descriptor.ptr(), t, reinterpret_cast<PyObject*>(Py_TYPE(t))));
 }
 
-// A tensor, or none; asked without torch's Python side.
+inline void* Torch::told(PyObject* t) const { return PyLong_AsVoidPtr(property(told_, t).ptr()); }
+
+// A tensor, or none.
 class Value {
  public:
   Value() = default;
-  explicit Value(py::object t) : object_(std::move(t)) {
-    implementation_ = PyLong_AsVoidPtr(property(Torch::get().implementation, object_.ptr()).ptr());
+  explicit Value(py::object t) : object_(std::move(t)), implementation_(Torch::get().implementation(object_.ptr())) {}
+
+  // Takes over what a handle owns.
+  static Value take(AtenTensorOpaque* handle) {
+    const std::unique_ptr<AtenTensorOpaque, decltype(&aoti_torch_delete_tensor_object)> own(
+        handle, &aoti_torch_delete_tensor_object);
+    Value value;
+    value.implementation_ = *reinterpret_cast<void**>(handle);
+    value.object_ = owned(torch_wrap(handle));
+    return value;
   }
 
+  // Valid as long as this is.
+  AtenTensorOpaque* handle() const {
+    return reinterpret_cast<AtenTensorOpaque*>(const_cast<void**>(&implementation_));
+  }
   template <class Answer, class Function>
   bool read(Function function, Answer* answer) const {
-    return function(reinterpret_cast<AtenTensorOpaque*>(const_cast<void**>(&implementation_)), answer) == 0;
+    return function(handle(), answer) == 0;
   }
 
   explicit operator bool() const { return static_cast<bool>(object_); }
@@ -109,6 +118,15 @@ struct Kind {
   }
 };
 
+// The number by which the stable ABI knows a torch.dtype.
+inline int32_t dtype_number(const py::handle& dtype) {
+  const py::object example = Torch::get().module.attr("empty")(0, py::arg("dtype") = dtype);
+  int32_t number = 0;
+  if (!Value(example).read(aoti_torch_get_dtype, &number))
+    throw py::value_error("fastdiff: known_step: a tensor does not tell its dtype");
+  return number;
+}
+
 inline bool needs_gradient(const Value& t) {
   return t && property(Torch::get().requires_grad, t.ptr()).ptr() == Py_True;
 }
@@ -117,11 +135,20 @@ inline bool needs_gradient(const Value& t) {
 inline const void* address(const Value& t) {
   bool contiguous = false;
   const void* data = nullptr;
-  if (!t.read(aoti_torch_is_contiguous, &contiguous) || !contiguous ||
-      owned(PyObject_CallOneArg(Torch::get().is_neg.ptr(), t.ptr())).ptr() != Py_False ||
+  if (!t.read(aoti_torch_is_contiguous, &contiguous) || !contiguous || torch_is_neg(t.handle()) ||
       !t.read(torch_get_const_data_ptr, &data))
     return nullptr;
   return data;
+}
+
+// torch.empty_like on a contiguous tensor of that kind, of the given dtype; none where torch fails.
+inline Value empty_like(const Value& t, const Kind& kind, int32_t dtype) {
+  int64_t *sizes = nullptr, *strides = nullptr;
+  AtenTensorOpaque* made = nullptr;
+  if (!t.read(aoti_torch_get_sizes, &sizes) || !t.read(aoti_torch_get_strides, &strides) ||
+      aoti_torch_empty_strided(kind.axes, sizes, strides, dtype, kind.device, kind.index, &made) != 0)
+    return {};
+  return Value::take(made);
 }
 
 }  // namespace fastdiff

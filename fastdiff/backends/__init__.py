@@ -117,12 +117,6 @@ def overridden() -> tuple[str | None, bool]:
     return wanted
 
 
-def overridden_untraced() -> tuple[str | None, bool]:
-    """:func:`overridden` in a third of the time, which a missing attribute takes; not for code that is compiled."""
-    wanted: tuple[str | None, bool] = vars(_override).get("wanted", _default)
-    return wanted
-
-
 @contextlib.contextmanager
 def use_backend(backend: str, *, strict: bool = False) -> Iterator[None]:
     """Within the block, and in this thread, let only ``backend`` serve the ops.

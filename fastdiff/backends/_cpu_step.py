@@ -85,5 +85,5 @@ def prepare(
         return following, new, other
 
     # For `known_step`, which does the same without Python.
-    vars(step).update(bound=call, make=(first, second, third))
+    vars(step).update(bound=call, results=results)
     return step

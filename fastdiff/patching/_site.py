@@ -33,6 +33,16 @@ def _mark(name: str) -> str:
     return f"_fastdiff_{name}"
 
 
+_packed: set[Callable[..., Any]] = set()
+
+
+def packed(function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[..., Any]:
+    """Decorator of what takes a method's place: it takes the arguments as they came, since to unpack and pack them again
+    would take a large part of the time of one that does little itself."""
+    _packed.add(function)
+    return function
+
+
 @functools.cache
 def _method(function: Callable[..., Any], cls: Any, name: str) -> Callable[..., Any]:
     """``function`` in place of the method ``name`` of ``cls``; where it is not installed, the method itself.
@@ -41,10 +51,19 @@ def _method(function: Callable[..., Any], cls: Any, name: str) -> Callable[..., 
     """
     mark = _mark(name)
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if mark not in self.__dict__:
-            return getattr(type(self), name)(self, *args, **kwargs)
-        return function(self, *args, **kwargs)
+    if function in _packed:
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if mark not in self.__dict__:
+                return getattr(type(self), name)(self, *args, **kwargs)
+            return function(self, args, kwargs)
+
+    else:
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            if mark not in self.__dict__:
+                return getattr(type(self), name)(self, *args, **kwargs)
+            return function(self, *args, **kwargs)
 
     method.__name__ = name
     method.__qualname__ = function.__qualname__

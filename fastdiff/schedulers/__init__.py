@@ -15,7 +15,7 @@ from typing import Any
 
 from fastdiff.patching._fingerprint import why_not_version
 from fastdiff.patching._patch import Patch
-from fastdiff.patching._site import SITE, Site
+from fastdiff.patching._site import SITE, Site, packed
 from fastdiff.schedulers import guidance
 from fastdiff.schedulers.guidance import is_guider
 from fastdiff.schedulers.samplers import SAMPLERS, STOCK, unsupported
@@ -75,31 +75,36 @@ def why_not(scheduler: Any) -> str | None:
     return unsupported(scheduler)
 
 
-def step(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+@packed
+def step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In place of ``step`` of a patched scheduler."""
-    site: Site = vars(scheduler)[SITE]
+    site: Site = scheduler.__dict__[SITE]
     return site.state.step(site, args, kwargs)
 
 
-def set_timesteps(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+@packed
+def set_timesteps(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """In place of ``set_timesteps`` of a patched scheduler."""
     site: Site = vars(scheduler)[SITE]
     site.state.set_timesteps(*args, **kwargs)
 
 
-def scale_model_input(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+@packed
+def scale_model_input(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In place of ``scale_model_input`` of a patched scheduler."""
     site: Site = vars(scheduler)[SITE]
     return site.state.scale_model_input(*args, **kwargs)
 
 
-def add_noise(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+@packed
+def add_noise(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In place of ``add_noise`` of a patched scheduler."""
     site: Site = vars(scheduler)[SITE]
     return site.state.with_tables("add_noise", args, kwargs)
 
 
-def get_velocity(scheduler: Any, *args: Any, **kwargs: Any) -> Any:
+@packed
+def get_velocity(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """In place of ``get_velocity`` of a patched scheduler."""
     site: Site = vars(scheduler)[SITE]
     return site.state.with_tables("get_velocity", args, kwargs)

@@ -7,7 +7,6 @@ function returns ``NotImplemented`` before it has done anything.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastdiff import _extension
-from fastdiff.backends import PLAIN, overridden_untraced
+from fastdiff.backends import PLAIN, _override
 from fastdiff.patching._site import Site
 from fastdiff.schedulers.plan import Next
 from fastdiff.schedulers.probe import MODEL_OUTPUT, NOISE, SAMPLE, Moment
@@ -27,7 +26,6 @@ Known = Callable[[Any, Site, tuple[Any, ...], dict[str, Any]], Any]
 
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 _CONSTANTS = (bool, int, float, str, type(None))
-_level = functools.partial(vars(forward_ad).get, "_current_level")
 
 
 class Call(NamedTuple):
@@ -66,7 +64,7 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
     """
     compiled = getattr(_extension.module, "known_step", None)  # an extension from before has none
     tensors = [t for t in (*call.values, call.mask) if t is not None]
-    if compiled is None or _level() != -1 or any(type(t) not in _PLAIN_TENSORS for t in tensors):
+    if compiled is None or forward_ad._current_level != -1 or any(type(t) not in _PLAIN_TENSORS for t in tensors):
         return None
     try:
         arguments = list(_arguments(sampler, call))
@@ -77,10 +75,10 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
     values = call.values.copy()
     values[NOISE : NOISE + len(plan.drawn)] = [None] * len(plan.drawn)
     parts = {
-        "conditions": [
-            *PLAIN, (torch._C._is_any_autocast_enabled, False), (_level, -1),
-            (overridden_untraced, overridden_untraced()),
-        ],
+        "conditions": [*PLAIN, (torch._C._is_any_autocast_enabled, False)],
+        "override": _override,
+        "overridden": vars(_override).get("wanted"),
+        "modes": vars(forward_ad),
         "positional": call.positional,
         "named": [*call.arguments][call.positional :],
         "arguments": arguments,
@@ -95,7 +93,7 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
             {
                 "slot": launch.slot, "choice": launch.choice, "history": launch.history, "noise": launch.noise,
                 "keeps": launch.keeps, "run": launch.run, "bound": getattr(launch.run, "bound", None),
-                "make": getattr(launch.run, "make", ()),
+                "results": getattr(launch.run, "results", ()),
             }
             for launch in following.launches
         ],

@@ -161,6 +161,21 @@ class Next:
         self.known: Callable[..., Any] | None = None
 
 
+def _by_entry(coefficients: list[float], entry: list[float]) -> list[float]:
+    """The coefficients, where the sample and the model output are in the sum as in a multiple of the new entry only:
+    of that multiple, which is one term less."""
+    if not entry or coefficients[CLAMPED] or not all(coefficients[:CLAMPED]) or not all(entry):
+        return coefficients
+    first, second = [c / e for c, e in zip(coefficients[:CLAMPED], entry, strict=True)]
+    if abs(first - second) > _SAME * abs(first):
+        return coefficients
+    return [0.0, 0.0, first, *coefficients[CLAMPED + 1 :]]
+
+
+#: So far apart, relatively, numbers of fp64 are the same, each with the roundings of its own that it comes from.
+_SAME = 8 * 2.0**-52
+
+
 def plan_of(step: LinearStep) -> Plan:
     """How ``scheduler_step`` does ``step``."""
     if not step.computed:
@@ -191,6 +206,8 @@ def plan_of(step: LinearStep) -> Plan:
         own = entry if not launches or any(c[CLAMPED] for c in both) else []
         bound = step.clamp.bound if step.clamp and own else None
         prev, *kept = [[*c[:SECOND_NOISE], *(c[j] for j in used)] for c in both]
+        if bound is None:
+            prev, *kept = [_by_entry(c, own) for c in (prev, *kept)]
         launches.append(
             Launch(tuple(used), any(c[NOISE] for c in both), prev, own, bound, first.dtype, entry_dtype,
                    kept[0] if kept else [], second[0].dtype if second else None)

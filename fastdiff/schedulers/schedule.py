@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import itertools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from operator import attrgetter, itemgetter
@@ -33,14 +32,18 @@ REPLACED = ("step", "step_pred", "set_timesteps", "scale_model_input", "add_nois
 _version = attrgetter("_version")
 
 
-@contextlib.contextmanager
-def ordinary_tensors() -> Iterator[None]:
+def ordinary_tensors() -> contextlib.AbstractContextManager[None]:
     """Outside of ``torch.inference_mode``, wherever the caller is: tensors made here count the writes to them."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    else:
+    return _outside_inference_mode() if torch.is_inference_mode_enabled() else _NOTHING
+
+
+@contextlib.contextmanager
+def _outside_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Configuration:
@@ -48,9 +51,24 @@ class Configuration:
 
     Attributes:
         settings: what ``set_timesteps`` did from here, by all that it depends on besides.
+        fixed: of the scheduler's attributes, the values of ``names``.
+        tables: of them, the tensors that count the writes to them.
+        untraced: those values that may change without a trace.
+        key: what it is found by; ``None`` after it was dropped.
+
+    Args:
+        names: of the attributes that are fixed.
+        without: of others, which steps change.
     """
 
-    def __init__(self, scheduler: Any, sampler: Sampler, without: frozenset[str]) -> None:
+    def __init__(
+        self, scheduler: Any, sampler: Sampler, names: list[str], without: frozenset[str], key: Any
+    ) -> None:
+        self.key = key
+        attributes = vars(scheduler)
+        untraced = [name for name in names if _is_untraced(attributes[name])]
+        self.fixed, self.untraced = _getter(names), _getter(untraced)
+        self.tables = _getter([n for n in names if type(attributes[n]) is Tensor and n not in untraced])
         self.reason = unsupported(scheduler)
         tables = [v for name, v in vars(scheduler).items() if isinstance(v, Tensor) and name not in without]
         if self.reason is None and any(t.is_inference() for t in tables):
@@ -65,6 +83,12 @@ class Configuration:
         self._places: dict[Any, Place] = {}
         self._starts: dict[int | float, int] = {}
         self._numbers: dict[tuple[float, torch.dtype], Tensor] = {}
+
+    def drop(self) -> None:
+        """No longer serve: what leads here looks for another one."""
+        self.key = None
+        self.settings.clear()
+        self.forget()
 
     def forget(self) -> None:
         """Drop all steps, and what would keep them: each leads to the next."""
@@ -112,21 +136,19 @@ class Schedule:
         self._not_fixed = frozenset(not_fixed)
         self.configurations: OrderedDict[Any, Configuration] = OrderedDict()
         self._configuration: Configuration | None = None
-        self._key: Any = None
         self._attributes = 0
-        self._fixed: Callable[[dict[str, Any]], tuple[Any, ...]] = tuple
         self._bound: tuple[Any, ...] = ()
         self._options: dict[str, Any] = {}
         self._frozen_options: tuple[Any, ...] = ()
         self._frozen: dict[str, tuple[Any, int, Any]] = {}
         self._tables: list[Tensor] = []
         self._writes = 0
-        self._moments: dict[int, Moment] = {}
+        self._first = self._stride = 0  # address of the first timestep, and from each to the next
 
     def configuration(self) -> Configuration:
         """That of the scheduler's present options and schedule."""
         if not self._is_current():
-            self.read()
+            return self.read()
         assert self._configuration is not None
         return self._configuration
 
@@ -144,15 +166,16 @@ class Schedule:
             # Comparing looks at identity first; only what was replaced is compared by value.
             return (
                 len(attributes) == self._attributes
-                and self._fixed(attributes) == self._bound
+                and self._configuration is not None
+                and self._configuration.fixed(attributes) == self._bound
                 and self.is_unwritten()
             )
         except (KeyError, ValueError, RuntimeError):  # an attribute is gone; two arrays, two tensors differ
             return False
 
-    def set_timesteps(self, held: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def set_timesteps(self, held: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Configuration:
         """The stock ``set_timesteps``; where that was called so before, what it did, without computing it anew. Then
-        the schedule is read from its device, so that no step has to.
+        the schedule is read from its device, so that no step has to. Returns the configuration after it.
 
         Args:
             held: what the scheduler holds besides its configuration; ``None`` if that is not known.
@@ -166,28 +189,27 @@ class Schedule:
         given, begin = arguments_key(args, kwargs), vars(scheduler).get("_begin_index")
         if given is None or held is None or not (is_hashable(begin) and is_plain() and self._is_current()):
             stock()
-            self.read()
-            return
+            return self.read()
         assert self._configuration is not None
         settings = self._configuration.settings
-        untraced = *map(_frozen, filter(_is_untraced, self._fixed(vars(scheduler)))),
+        untraced = *map(_frozen, self._configuration.untraced(vars(scheduler))),
         # Which GPU "cuda" is. Before CUDA starts there is no table on one.
         gpu = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         key = given, held, begin, untraced, torch.get_default_dtype(), gpu
         known = settings.get(key)
-        if known is not None and known.key in self.configurations:
+        if known is not None and known.configuration.key is not None:
             with ordinary_tensors():
                 vars(scheduler).update(known.again())
-            self._take_up(known.key)
-            return
+            return self._take_up(known.configuration)
         changes = changes_by(scheduler, stock)
-        self.read()
+        configuration = self.read()
         if changes is not None:
             if len(settings) >= MAX_CONFIGURATIONS:
                 settings.clear()
-            settings[key] = Setting(changes, self._key)
+            settings[key] = Setting(changes, configuration)
+        return configuration
 
-    def read(self) -> None:
+    def read(self) -> Configuration:
         """Find or make the configuration of the scheduler's present options and schedule."""
         attributes = vars(self.scheduler)
         names = [name for name in attributes if name not in self._not_fixed]
@@ -196,32 +218,31 @@ class Schedule:
             self._options = dict(options)
             self._frozen_options = (*options, *map(_frozen, options.values()))
         key = (*names, *[self._freeze(name, attributes[name]) for name in names], *self._frozen_options)
-        if key not in self.configurations:
+        configuration = self.configurations.get(key)
+        if configuration is None:
             with ordinary_tensors():
-                made = Configuration(self.scheduler, self.sampler, self._not_fixed - {"_internal_dict"})
-            self.configurations[key] = made
+                without = self._not_fixed - {"_internal_dict"}
+                configuration = Configuration(self.scheduler, self.sampler, names, without, key)
+            self.configurations[key] = configuration
             if len(self.configurations) > MAX_CONFIGURATIONS:
-                self.configurations.popitem(last=False)
-        self._take_up(key)
+                self.configurations.popitem(last=False)[1].drop()
+        return self._take_up(configuration)
 
-    def _take_up(self, key: Any) -> None:
-        """Note that the scheduler, as it is now, is in the configuration of that key."""
+    def _take_up(self, configuration: Configuration) -> Configuration:
+        """Note that the scheduler, as it is now, is in this configuration."""
         attributes = vars(self.scheduler)
-        names = [name for name in attributes if name not in self._not_fixed]
-        self.configurations.move_to_end(key)
-        self._key, configuration = key, self.configurations[key]
+        if next(reversed(self.configurations.values())) is not configuration:
+            self.configurations.move_to_end(configuration.key)
         self._configuration = configuration
-        self._fixed = itemgetter(*names, names[0])  # of one name it gives no tuple
         self._attributes = len(attributes)
-        fixed = self._bound = self._fixed(attributes)
+        self._bound = configuration.fixed(attributes)
         # Only ever counts up, so the sum tells of any write. Inference tensors do not count theirs.
-        self._tables = [t for t in fixed[:-1] if type(t) is Tensor and not _is_untraced(t)]
+        self._tables = [*configuration.tables(attributes)]
         self._writes = sum(map(_version, self._tables))
-        self._moments = {}
         if configuration.moments:
-            timesteps = self.scheduler.timesteps
-            first, step = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
-            self._moments = dict(zip(itertools.count(first, step), configuration.moments, strict=False))
+            timesteps = attributes["timesteps"]
+            self._first, self._stride = timesteps.data_ptr(), timesteps.stride(0) * timesteps.element_size()
+        return configuration
 
     def _freeze(self, name: str, value: Any) -> Any:
         """:func:`_frozen`, unless that was done for this very object and nobody wrote to it."""
@@ -243,11 +264,24 @@ class Schedule:
         axes = timestep.dim()
         if axes != per_sample or (axes and any(timestep.stride())):
             return None
-        known = self._moments.get(timestep.data_ptr())
+        known = self._moment_at(timestep.data_ptr())
         fits = known is not None and known.dtype is timestep.dtype and known.axes == axes
         if fits and timestep.device == self.scheduler.timesteps.device:
             return known
         return Moment(timestep[(0,) * axes].item(), timestep.dtype, axes)
+
+    def _moment_at(self, address: int) -> Moment | None:
+        """That of the element of ``timesteps`` at an address, if there is one."""
+        moments = [] if self._configuration is None else self._configuration.moments
+        index, rest = divmod(address - self._first, self._stride or 1)
+        return moments[index] if not rest and 0 <= index < len(moments) else None
+
+
+def _getter(names: list[str]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What takes the values of these names from a dictionary."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda attributes: tuple([attributes[name] for name in names])
 
 
 _MUTABLE = frozenset({list, dict, set, np.ndarray})

@@ -13,21 +13,23 @@ from torch import Tensor
 
 _IMMUTABLE = (int, float, str, type(None), torch.Size, torch.device, torch.dtype, np.generic)
 
+_KEPT = frozenset({int, float, str, type(None)})  # the most frequent of them
+
 
 class Setting(NamedTuple):
     """What one call of ``set_timesteps`` did.
 
     Attributes:
         changes: the attributes that it set, and to what.
-        key: of the configuration that it led to.
+        configuration: that it led to.
     """
 
     changes: dict[str, Any]
-    key: Any
+    configuration: Any
 
     def again(self) -> dict[str, Any]:
         """The attributes to set: tensors, arrays and lists are new ones, as those of the stock call."""
-        return {name: _copy(value) for name, value in self.changes.items()}
+        return {name: value if type(value) in _KEPT else _copy(value) for name, value in self.changes.items()}
 
 
 def arguments_key(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

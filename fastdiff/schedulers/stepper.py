@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff.backends import overridden
 from fastdiff.patching._site import Site
@@ -80,11 +81,15 @@ class Stepper:
         held = *map(attributes.get, self.sampler.state), *history, past
         return held if past is not None and is_hashable(held) else None
 
+    def _place_of(self, configuration: Configuration) -> Place | None:
+        """Where the scheduler says that the trajectory is."""
+        held = self._held()
+        return None if held is None else configuration.place(held)
+
     def _arrive(self, place: Place | None = None) -> None:
         """The trajectory is at ``place``, or, if that is not known, where the scheduler says."""
         if place is None:
-            configuration, held = self.schedule.configuration(), self._held()
-            place = None if held is None else configuration.place(held)
+            place = self._place_of(self.schedule.configuration())
         attributes = vars(self.scheduler)
         self._place, self._left = place, attributes.copy()
         self._contents = [v.copy() for v in map(attributes.get, self._lists) if type(v) is list]
@@ -106,8 +111,8 @@ class Stepper:
 
     def set_timesteps(self, *args: Any, **kwargs: Any) -> None:
         """The stock ``set_timesteps``; then a trajectory starts."""
-        self.schedule.set_timesteps(self._held(), args, kwargs)
-        self._arrive()
+        configuration = self.schedule.set_timesteps(self._held(), args, kwargs)
+        self._arrive(self._place_of(configuration))
 
     def scale_model_input(self, *args: Any, **kwargs: Any) -> Any:
         """The stock ``scale_model_input``, without its read of the first step's index from the device."""
@@ -138,7 +143,7 @@ class Stepper:
 
     def step(self, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The scheduler's step; arguments and result as in the stock one."""
-        if not torch.compiler.is_compiling():
+        if not is_dynamo_compiling():
             place = self._place  # all is read once: other threads may set it
             following = None if place is None else place.next
             known = None if following is None else following.known

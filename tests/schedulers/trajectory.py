@@ -85,6 +85,12 @@ class Walk:
             found = [{"sigma_hat": a, "sigma_prev": b} for a, b in zip(sigmas, [*sigmas[1:], 0.0], strict=True)]
         return found
 
+    def plain(self) -> bool:
+        """Whether a step takes model output, timestep and sample, in this order, and else the same every time."""
+        more = self.name in ("RePaintScheduler", "CogVideoXDPMScheduler") or self.sampler.per_sample
+        taken = list(inspect.signature(getattr(self.scheduler, self.sampler.method)).parameters)
+        return not more and all(len(times) == 1 for times in self._times) and tuple(taken[:3]) == self.sampler.names
+
     def step(self, index: int, model_output: Tensor, sample: Tensor, **more: Any) -> Any:
         """The step at ``timesteps[index]``."""
         arguments = {**self.arguments, **self._times[index], **more}
