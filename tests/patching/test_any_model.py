@@ -71,7 +71,7 @@ def _research() -> tuple[Any, dict[str, Any]]:
 
 CASES = {
     "research": (_research, {"ResnetBlock2D": 1, "Attention": 1}, {"GroupNorm"}),
-    "prior": (_prior, {"Attention": 2}, {"GELU", "BasicTransformerBlock"}),
+    "prior": (_prior, {"Attention": 2, "BasicTransformerBlock": 2}, {"GELU"}),
     "Stable Cascade": (_cascade, {"Attention": 4}, set()),
 }
 

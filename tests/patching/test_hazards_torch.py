@@ -70,7 +70,8 @@ ONCE = pytest.mark.skipif(
 @pytest.mark.parametrize(
     ("build", "inputs", "ops"),
     [
-        (_MidBlock, _mid_inputs(), {"group_norm_silu", "attention", "geglu"}),
+        (_MidBlock, _mid_inputs(),
+         {"group_norm_silu", "attention", "geglu", "adaln_modulate", "gate_residual_adaln"}),
         (_OneBlockDiT, inputs_of(CASES[-1]),
          {"adaln_modulate", "gate_residual_adaln", "gate_residual", "gelu_tanh", "attention"}),
     ],

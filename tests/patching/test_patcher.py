@@ -71,7 +71,7 @@ def test_patching_again_reconfigures() -> None:
     output(model, inputs_of())
     left = [row for row in fastdiff.report(model).rows if not row.fused]
     assert all("attn" in row.path or row.path.startswith("mid_block") for row in left)
-    assert len(left) == 12
+    assert len(left) == 13
     assert {row.reason for row in left} == {"excluded by skip=..."}
     assert patch_of(model).savings == ["SiLU of the time embedding once instead of 6 times"]
     fastdiff.unpatch(model)

