@@ -177,7 +177,7 @@ MASKED_IP = IP | {"cross_attention_kwargs": {"ip_adapter_masks": [(_image()[:, :
 IP_EAGER = {"attn2$": "^its processor is IPAdapterAttnProcessor2_0$"}
 CONTROL = {"image": _image()}
 PAG_EAGER = {r"^unet\.(mid_block|up_blocks\.1).*attn1$": "^its processor is PAG"}
-OFFLOADED = {"resnets|attentions.[01]$|norm_out": "hooks$"}
+OFFLOADED = {"resnets|attentions.[01]$|transformer_blocks.[01]$|norm_out": "hooks$"}
 
 SEQUENCES: dict[str, tuple[Callable[[], Any], list[Step]]] = {
     "LoRA": (_pipeline, [
