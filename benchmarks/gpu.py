@@ -64,9 +64,9 @@ class Phase:
         return [str(HERE / script), *options, *kept]
 
 
+_PYTEST = ("-m", "pytest", "-q", "-rs", "--tb=short", "-n", WORKERS, "--dist", "worksteal")
 PHASES = (
-    Phase("tests", 0.35, ("-m", "pytest", "-q", "-rs", "--tb=short", "-n", WORKERS, "--dist", "worksteal",
-                          str(HERE.parent / "tests" / "gpu"))),  # fmt: skip
+    Phase("tests", 0.35, (*_PYTEST, str(HERE.parent / "tests" / "gpu"))),
     Phase("kernels", 0.45, ("kernels.py", "--quick")),
     Phase("models", 0.6, ("models.py", "--quick")),
     Phase("cold start", 0.4, ("cold_start.py", "--rounds", "1")),
