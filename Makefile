@@ -69,8 +69,10 @@ test-triton: $(VENV)/.installed ## the same numbers asked of the Triton kernels,
 test-triton-all: $(VENV)/.installed ## compile every Triton kernel in every configuration; takes long
 	FASTDIFF_TEST_ALL=1 $(PYTEST) tests/build/test_triton_kernels.py $(PYTEST_ARGS)
 
+# With PY=python3 that Python is taken as it is, with its packages, and the extension is built in place.
 gpu: ## on a machine with a GPU: build, its tests, all benchmarks, in GPU_BUDGET=600 seconds; goes on where it stopped
-	@start=$$(date +%s); $(MAKE) $(VENV)/.installed && \
+	@start=$$(date +%s); \
+	  $(if $(filter command%,$(origin PY)),$(PY) setup.py build_ext --inplace,$(MAKE) $(VENV)/.installed) && \
 	  $(PY) -m fastdiff bench gpu --budget $$(($(GPU_BUDGET) - $$(date +%s) + start))
 
 lint: $(VENV)/.installed ## ruff and mypy

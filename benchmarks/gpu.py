@@ -1,7 +1,8 @@
 """Everything on a GPU within a budget of time: its tests, then kernels, models, cold start and memory; a short table.
 
     make gpu                                    # builds first, ten minutes in all; GPU_BUDGET=300 for five
-    python -m fastdiff bench gpu --budget 300
+    make gpu PY=python3                         # with the packages of that Python, where none can be fetched
+    python -m fastdiff bench gpu --budget 300 --phases tests kernels
 
 Rows are kept as they come, and those that this code has measured on this GPU are not measured again: a run that was
 cut goes on where it stopped. What matters most comes first; torch.compile, which takes its time, comes last.
@@ -63,8 +64,9 @@ class Phase:
         return [str(HERE / script), *options, *kept]
 
 
+_PYTEST = ("-m", "pytest", "-q", "-rs", "--tb=short", "-n", WORKERS, "--dist", "worksteal")
 PHASES = (
-    Phase("tests", 0.35, ("-m", "pytest", "-q", "-rs", "-n", WORKERS, str(HERE.parent / "tests" / "gpu"))),
+    Phase("tests", 0.35, (*_PYTEST, str(HERE.parent / "tests" / "gpu"))),
     Phase("kernels", 0.45, ("kernels.py", "--quick")),
     Phase("models", 0.6, ("models.py", "--quick")),
     Phase("cold start", 0.4, ("cold_start.py", "--rounds", "1")),
@@ -195,11 +197,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--budget", type=float, default=600.0, metavar="SECONDS", help="(default: %(default)s)")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="cpu: to try the command itself")
+    names = [phase.name for phase in PHASES]
+    parser.add_argument("--phases", nargs="+", default=names, choices=names, metavar="PHASE",
+                        help=f"only these of {', '.join(map(repr, names))}")  # fmt: skip
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         print("bench gpu: torch sees no CUDA GPU", file=sys.stderr)
         return 2
-    became = run_phases(options.budget, options.device, run=run_process)
+    chosen = [phase for phase in PHASES if phase.name in options.phases]
+    became = run_phases(options.budget, options.device, phases=chosen, run=run_process)
     console = Console(width=140)
     sections, others = rows_here(result_file(None, options.device), environment(options.device))
     console.print(targets(sections, options.device))

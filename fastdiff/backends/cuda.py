@@ -28,6 +28,8 @@ from fastdiff.backends.losses import first_tensor, is_measured
 #: Elements of a channel of group_norm_silu, and from one query or key to the next in a mask of attention, and channels
 #: of rms_norm_silu, as in csrc/cuda.
 MAX_PIXELS, MAX_MASK_STRIDE, MAX_RMS_CHANNELS = 2**31, 2**23, 4096
+#: Of rows, as in csrc/cpu/adaln.h.
+MAX_AXES = 5
 #: Rotary tables are rounded to fp32 where they are finer.
 TABLE_DTYPES = DTYPES | {torch.float64}
 
@@ -81,6 +83,10 @@ def torch_is_faster(q: Tensor, k: Tensor, *_: Any, **__: Any) -> str | None:
     return why_torch_attends(q, k, _torch_depths(q.device), TORCH_ATTENTION_SOURCE)
 
 
+def _too_many_axes(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+    return f"x has {x.dim()} axes, more than {MAX_AXES}" if x.dim() > MAX_AXES else None
+
+
 def _image_too_large(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return "a channel has 2^31 elements or more" if x.shape[2:].numel() >= MAX_PIXELS else None
 
@@ -99,7 +105,11 @@ def _mask_too_wide(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = N
 
 #: What these kernels refuse beyond what all GPU kernels do: sizes that no model has.
 _LIMITS: dict[str, Refuse] = {
+    "adaln_modulate": _too_many_axes,
+    "adaln_modulate_dual": _too_many_axes,
     "attention": _mask_too_wide,
+    "gate_residual": _too_many_axes,
+    "gate_residual_adaln": _too_many_axes,
     "group_norm_silu": _image_too_large,
     "rms_norm_silu": _too_many_channels,
 }

@@ -210,6 +210,13 @@ def test_the_command_on_a_made_up_gpu(
     assert "9 row(s) of other code" in capsys.readouterr().out
 
 
+def test_phases_can_be_chosen(made_up_gpu: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(gpu, "run_process", lambda arguments, timeout_s: begun.append(Path(arguments[0]).name) or 0)
+    assert benchmark_scripts.run(gpu, monkeypatch, "--phases", "memory", "tests") == 0
+    assert begun == ["-m", "memory.py"]
+
+
 def test_the_command_is_cut(made_up_gpu: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """It says so, and ends with an error only where a phase failed."""
     codes: list[int | None] = [0, None, 0]

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from source_tree import clean_environment, python
 
 import fastdiff
@@ -36,6 +37,23 @@ def test_architectures(capability: tuple[int, int], architectures: list[str], se
     reason = cuda.architecture_reason(capability, architectures)
     assert (reason is None) == served
     assert served or f"this GPU is sm_{capability[0]}{capability[1]}" in str(reason)
+
+
+def test_refusals() -> None:
+    """What only these kernels refuse; and what they take that is not usual: tests/cuda_emulation has its numbers."""
+    refuse = cuda.refuse_table("cpu")
+    x, q, keys = torch.zeros(2, 3, 8), torch.zeros(1, 2, 1, 8), torch.zeros(1, 5, 1, 8)
+    wide = torch.zeros(2, 2**23 + 8, dtype=torch.bool)[:, :5]
+    assert refuse["adaln_modulate"](x[None, None, None]) == "x has 6 axes, more than 5"
+    assert "8388616 elements apart" in str(refuse["attention"](q, keys, keys, wide))
+    assert refuse["adaln_modulate"](torch.zeros(1, 20000)) is None
+    assert refuse["gate_residual_adaln"](*[torch.zeros(1, 20000)] * 4) is None
+    assert refuse["group_norm_silu"](torch.zeros(1, 5000, 3), 1) is None
+    assert "9000 channels, more than 8192" in str(refuse["group_norm_silu"](torch.zeros(1, 9000, 3), 1))
+    for mask in (torch.zeros(2, 1), torch.zeros(5, 2, dtype=torch.bool).mT):
+        assert refuse["attention"](q, keys, keys, mask) is None
+    for dtype in (torch.float64, torch.bfloat16):
+        assert refuse["qk_norm_rope"](q, q, cos=torch.zeros(2, 4, 2, dtype=dtype)) is None
 
 
 @pytest.mark.skipif(_extension.module is None, reason=_extension.error)

@@ -91,9 +91,9 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
         "attention one query": lambda: attention(1, 77, 8, 128),
     }
     for name in ("adaln_modulate", "adaln_modulate_dual", "gate_residual", "gate_residual_adaln"):
-        for width in (320, 1152, 3072, 9000):
+        for width in (320, 1152, 3072, 9000, 12288):
             calls[f"{name} {width}"] = lambda name=name, width=width: rows(name, width)
-    for shape in ((2, 320, 64, 64), (2, 1280, 8, 8), (2, 960, 64, 64), (1, 128, 512, 512)):
+    for shape in ((2, 320, 64, 64), (2, 1280, 8, 8), (2, 960, 64, 64), (1, 128, 512, 512), (1, 64 * 1280, 4, 4)):
         for last in (False, True):
             for tokens in (False, True):
                 key = f"group_norm_silu {shape} {'NHWC' if last else 'NCHW'}{' tokens' if tokens else ''}"
@@ -113,6 +113,8 @@ def real_calls(dtype: torch.dtype, device: str) -> dict[str, Callable[[], Call]]
     for keys in (77, 1000):
         mask = torch.rand(2, 1, 1, keys, device=device) > 0.3
         calls[f"attention bool {keys}"] = lambda k=keys, m=mask: attention(1000, k, 8, 64, attn_mask=m)
+    mask = torch.randn(2, 1, 1000, 1, device=device)  # adds the same to all keys: the log-sum-exp shows it
+    calls["attention mask of queries"] = lambda: attention(1000, 300, 8, 64, attn_mask=mask.to(dtype))
     return calls
 
 

@@ -191,6 +191,7 @@ def test_compute_sanitizer(tool: str) -> None:
 
 def small_calls(device: str) -> None:
     """One small call of each op and each of its kernels, for a sanitizer. The emulation runs them too, and compares."""
+    torch.manual_seed(0)
 
     def call(op: str, *args: Any, **options: Any) -> None:
         got = run(op, *args, **options)
@@ -204,12 +205,24 @@ def small_calls(device: str) -> None:
         for layout in (x, x.contiguous(memory_format=torch.channels_last)):
             call("group_norm_silu", layout, 2)
         call("group_norm_silu", x, 2, tokens=True)
+    large = randn(1, 2570, 2, 2, device=device)  # a group of more channels than a block has threads
+    for layout in (large, large.contiguous(memory_format=torch.channels_last)):
+        call("group_norm_silu", layout, 1)
+    for rms in (False, True):  # rows longer than the registers, of whole packs and not
+        for width in (8200, 8195):
+            x, gate, residual = randn(3, 1, 2, width, device=device)
+            call("gate_residual_adaln", x, gate, residual, gate, rms=rms)
     # Resident keys, streamed ones, a depth of whole packs and not, few queries, two warps for a row.
     for queries, keys, depth in ((70, 77, 40), (33, 300, 256), (20, 70, 33), (7, 90, 64), (40, 33, 512)):
         call("attention", *(randn(1, n, 2, depth, device=device) for n in (queries, keys, keys)))
     for depth in (40, 512):  # without tensor cores
         call("attention", *(randn(1, n, 2, depth, device=device, dtype=torch.float32) for n in (9, 37, 37)))
+    q, k, v = (randn(1, n, 2, 40, device=device) for n in (21, 9, 9))
+    for mask in (randn(1, 1, 21, 1, device=device), randn(1, 2, 9, 21, device=device).mT > 0):
+        call("attention", q, k, v, mask)
     q, k = (randn(1, 3, 12, 128, device=device) for _ in range(2))
+    for dtype in (torch.float64, torch.float16):
+        call("qk_norm_rope", q, k, cos=table(3, 128, device).to(dtype))
     w = randn(12 * 128, device=device)
     for interleaved in (True, False):
         options = {"cos": table(3, 96, device), "across_heads": True, "interleaved": interleaved}
