@@ -27,8 +27,8 @@ Config = dict[str, Any]
 _SHORT: Config = {"m": 64, "n": 64, "warps": 4, "waves": 2, "keys": FEW_KEYS, "keys_deep": 160, "hoist": True}
 
 #: Used wherever neither an architecture nor the tuning of the device says otherwise. Buckets: rows by the power of
-#: two that holds the row; attention by head dimension, "fp32" apart: the power of two below it, in it as it is held;
-#: of few keys as it is held.
+#: two that holds the row; group norm: in fp32, there wide where a group is wider than a tile; attention by head
+#: dimension, "fp32" apart: the power of two below it, in it as it is held; of few keys as it is held.
 DEFAULT: dict[str, Config] = {
     "elementwise": {"block": 1024, "warps": 4},
     "cfg_rescale": {"block": 4096, "warps": 8},
@@ -40,7 +40,8 @@ DEFAULT: dict[str, Config] = {
     "qk_norm_rope": {"elements": 1024},
     # pixels: how many a tile holds; once: up to how many per sample go in one launch
     "group_norm": {"pixels": 64, "warps": 8, "waves": 2, "once": 512},
-    "group_norm/fp32": {"pixels": 32, "warps": 8, "waves": 2, "once": 512},
+    "group_norm/fp32": {"pixels": 32, "warps": 4, "waves": 2, "once": 512},
+    "group_norm/fp32/wide": {"pixels": 32, "warps": 8, "waves": 2, "once": 512},
     "rms_norm": {"elements": 8192, "warps": 8},
     "attention": {"m": 128, "n": 64, "warps": 8, "stages": 2},
     "attention/128/160": {"m": 128, "n": 32, "warps": 8, "stages": 2},

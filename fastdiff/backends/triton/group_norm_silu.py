@@ -274,7 +274,8 @@ def run(
         result = out = x.new_empty(x.shape)
     if not x.numel():
         return result
-    tuned = config("group_norm", x.device, "fp32" if x.element_size() == 4 else None)
+    wide = channels // num_groups >= CHANNELS
+    tuned = config("group_norm", x.device, ("fp32/wide" if wide else "fp32") if x.element_size() == 4 else None)
     programs = tuned["waves"] * processors(x.device)
     plan = _plan(x.shape, x.stride(), num_groups, tuned["pixels"], tuned["once"], programs)
     if not plan.contiguous_samples:
