@@ -125,20 +125,13 @@ py::object KnownStep::run(PyObject* stepper, PyObject* site, PyObject* args, PyO
 namespace {
 
 PyObject* call_known(PyObject* capsule, PyObject* const* arguments, Py_ssize_t count) {
-  try {
+  return guarded([&] {
     if (count != 4 || !PyTuple_Check(arguments[2]) || !PyDict_Check(arguments[3]))
       throw py::type_error("fastdiff: a known step takes a stepper, a site, a tuple and a dictionary");
     const auto* known = static_cast<const KnownStep*>(PyCapsule_GetPointer(capsule, "fastdiff.known_step"));
-    py::object result = known->run(arguments[0], arguments[1], arguments[2], arguments[3]);
-    return result ? result.release().ptr() : Py_NewRef(Py_NotImplemented);
-  } catch (py::error_already_set& error) {
-    error.restore();
-  } catch (const py::builtin_exception& error) {
-    error.set_error();
-  } catch (const std::exception& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what());
-  }
-  return nullptr;
+    const py::object result = known->run(arguments[0], arguments[1], arguments[2], arguments[3]);
+    return result ? result : shared(Py_NotImplemented);
+  });
 }
 
 py::object known_step(const py::dict& parts) {

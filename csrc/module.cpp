@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "bound_step.h"
+#include "direct_step.h"
 #include "known_step.h"
 
 #ifndef FASTDIFF_BUILD_INFO
@@ -16,5 +17,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", [] { return fastdiff::cpu::isa_name(fastdiff::cpu::isa()); },
         "The instruction set the CPU kernels use in this process.");
   fastdiff::define_bound_step(m);
+  fastdiff::define_direct_step(m);
   fastdiff::define_known_step(m);
 }

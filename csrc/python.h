@@ -127,6 +127,21 @@ inline void set_in_both(const py::object& a, const py::object& b, const py::obje
   if (were) Identical::note(a.ptr(), b.ptr());
 }
 
+// What a function of Python's C API returns: the result, or null with its exception set as Python's.
+template <class Function>
+PyObject* guarded(const Function& function) {
+  try {
+    return py::object(function()).release().ptr();
+  } catch (py::error_already_set& error) {
+    error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+  }
+  return nullptr;
+}
+
 #define NAME(name)                                                 \
   ([]() -> const py::object& {                                     \
     static const py::object* kept = new py::object(interned(name)); \

@@ -151,4 +151,12 @@ inline Value empty_like(const Value& t, const Kind& kind, int32_t dtype) {
   return Value::take(made);
 }
 
+// A tensor without elements where others of that kind are.
+inline Value empty(const Kind& kind, int32_t dtype) {
+  const int64_t size = 0, stride = 1;
+  AtenTensorOpaque* made = nullptr;
+  if (aoti_torch_empty_strided(1, &size, &stride, dtype, kind.device, kind.index, &made) != 0) return {};
+  return Value::take(made);
+}
+
 }  // namespace fastdiff

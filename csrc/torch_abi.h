@@ -10,6 +10,7 @@ struct AtenTensorOpaque;
 extern "C" {
 int32_t aoti_torch_get_layout(AtenTensorOpaque*, int32_t*);
 int32_t aoti_torch_layout_strided();
+int32_t aoti_torch_device_type_cpu();
 int32_t aoti_torch_get_dtype(AtenTensorOpaque*, int32_t*);
 int32_t aoti_torch_get_device_type(AtenTensorOpaque*, int32_t*);
 int32_t aoti_torch_get_device_index(AtenTensorOpaque*, int32_t*);

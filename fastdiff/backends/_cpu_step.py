@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from fastdiff import _extension
 from fastdiff.backends import is_plain
@@ -28,6 +29,35 @@ def _empty(dtype: torch.dtype | None, own: torch.dtype) -> Callable[[Tensor], Te
     if dtype is None:
         return None
     return torch.empty_like if dtype is own else functools.partial(torch.empty_like, dtype=dtype)
+
+
+def directly(run: Callable[..., Any]) -> Callable[..., Any]:
+    """What serves the op: on small tensors the extension itself, else, and where anybody watches, ``run``."""
+    compiled = getattr(_extension.module, "scheduler_step", None)  # an extension from before has none
+    if compiled is None:
+        return run
+
+    def step(
+        sample: Tensor,
+        model_output: Tensor,
+        history: Sequence[Tensor],
+        noise: Tensor | None,
+        prev: Sequence[float],
+        entry: Sequence[float],
+        clip: float | None = None,
+        prev_dtype: torch.dtype | None = None,
+        entry_dtype: torch.dtype | None = None,
+        kept: Sequence[float] = (),
+        kept_dtype: torch.dtype | None = None,
+    ) -> Any:
+        arguments = (sample, model_output, history, noise, prev, entry, clip, prev_dtype, entry_dtype, kept, kept_dtype)
+        if not is_dynamo_compiling() and sample.numel() <= SMALL and is_plain():
+            results = compiled(*arguments)
+            if results is not NotImplemented:
+                return results
+        return run(*arguments)
+
+    return step
 
 
 def prepare(

@@ -341,7 +341,9 @@ def register_kernels() -> None:
             if differentiable is not None and not all(map(_built, _BACKWARD)):
                 differentiable = None
             run = run_overload(op)
-            prepare = functools.partial(_cpu_step.prepare, run) if op == "scheduler_step" else None
+            prepare = None
+            if op == "scheduler_step":
+                prepare, run = functools.partial(_cpu_step.prepare, run), _cpu_step.directly(run)
             register(Kernel(op, "cpu", run, refuse, differentiable, prepare=prepare))
 
 

@@ -37,8 +37,8 @@ _packed: set[Callable[..., Any]] = set()
 
 
 def packed(function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> Callable[..., Any]:
-    """Decorator of what takes a method's place: it takes the arguments as they came, since unpacking and packing them
-    again would take a large part of the time of one that does little itself."""
+    """Decorator of what takes a method's place: it takes the arguments as they came. Unpacking and packing them again
+    would take a large part of the time of one that does little itself."""
     _packed.add(function)
     return function
 

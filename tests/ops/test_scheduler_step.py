@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -351,3 +352,51 @@ def test_prepared_addresses() -> None:
         _extension.module.bind_scheduler_step(-1, types, [1.0] * 5, [1.0] * 2, None, [1.0] * 5)
     with pytest.raises(ValueError, match="do not fit"):
         _extension.module.bind_scheduler_step(4, [0, 0, -1, 0, 0, -1], [1.0, 0.5, 0.0, 0.0], [], None, [])
+
+
+_PATHS: dict[str, dict[str, Any]] = {
+    "plain": {"noise": False, "kept": False},
+    "no entry": {"entry": False},
+    "all": {"clip": 0.7},
+    "eight": {"history": 8},
+    "half": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("options", _PATHS.values(), ids=_PATHS)
+def test_small_tensors_without_the_dispatcher(options: dict[str, Any]) -> None:
+    """The extension serves them itself: the same bits, dtypes and strides as through the dispatcher."""
+    arguments = (*_call(**options), torch.float32)
+    found = _extension.module.scheduler_step(*arguments)  # type: ignore[union-attr]
+    expected = torch.ops.fastdiff.scheduler_step(*arguments)
+    served = scheduler_step(*arguments)
+    for a, b, c in zip(found, expected, served, strict=True):
+        assert type(a) is Tensor
+        assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride())
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+_Changed = Callable[[list[Any]], Any]
+_LEFT: dict[str, _Changed] = {
+    "a transposed sample": lambda a: a.__setitem__(0, a[0].mT.contiguous().mT),
+    "a lazy negative": lambda a: a.__setitem__(1, torch._neg_view(a[1])),
+    "history of fp64": lambda a: a[2].__setitem__(0, a[2][0].double()),
+    "another shape": lambda a: a.__setitem__(3, a[3][:1]),
+    "a parameter": lambda a: a.__setitem__(0, torch.nn.Parameter(a[0])),
+    "no elements": lambda a: a.__setitem__(slice(0, 4), [a[0][:0], a[1][:0], [a[2][0][:0]], a[3][:0]]),
+    "no memory": lambda a: a.__setitem__(0, a[0].to("meta")),
+    "sparse": lambda a: a.__setitem__(0, a[0].to_sparse()),
+    "too few coefficients": lambda a: a.__setitem__(4, a[4][:-1]),
+    "integers": lambda a: a.__setitem__(4, [1] * len(a[4])),
+    "a result of fp64": lambda a: a.__setitem__(7, torch.float64),
+    "a tuple of history": lambda a: a.__setitem__(2, tuple(a[2])),
+}
+
+
+@pytest.mark.parametrize("change", _LEFT.values(), ids=_LEFT)
+def test_what_is_left_to_the_dispatcher(change: _Changed) -> None:
+    arguments = [*_call(), None]
+    assert _extension.module.scheduler_step(*arguments) is not NotImplemented  # type: ignore[union-attr]
+    change(arguments)
+    assert _extension.module.scheduler_step(*arguments) is NotImplemented  # type: ignore[union-attr]
