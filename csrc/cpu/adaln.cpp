@@ -151,7 +151,7 @@ void rows(const AdalnArgs& args, int64_t begin, int64_t end, bool past) {
   Affine affine(args, args.scale, args.shift, scratch.row(2), scratch.row(3));
   Affine affine2(args, args.scale2, args.shift2, scratch.row(4), scratch.row(5));
   const void* last_gate = nullptr;
-  if (!args.gate.data) std::fill_n(gate_copy, n, 1.0f);
+  if (args.residual.data && !args.gate.data) std::fill_n(gate_copy, n, 1.0f);
   Position position(args.size, begin);
   for (int64_t row = begin; row < end; ++row, position.advance()) {
     const T* x = static_cast<const T*>(position.of(args.x));

@@ -12,8 +12,8 @@ struct Rows {
   int64_t stride[kAxes] = {};  // of the leading axes, in elements; 0 where broadcast
 };
 
-// With a residual, y = residual + gate * x, or residual + x without a gate; else y = x. With `out`, out = norm(y) * (1 + scale) + shift; with `out2`, also
-// out2 = norm(y) * (1 + scale2) + shift2.
+// With a residual, y = residual + gate * x, or residual + x without a gate; else y = x. With `out`,
+// out = norm(y) * (1 + scale) + shift; with `out2`, also out2 = norm(y) * (1 + scale2) + shift2.
 struct AdalnArgs {
   int64_t size[Rows::kAxes];  // x's leading axes
   int64_t columns;            // D

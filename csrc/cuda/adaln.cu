@@ -1,4 +1,5 @@
-// y = residual + gate * x (or residual + x) and out = norm(y) * (1 + scale) + shift, or either alone; or two such results of one norm
+// y = residual + gate * x (or residual + x) and out = norm(y) * (1 + scale) + shift, or either alone; of the norm also
+// two such results.
 //
 // A row, of whole packs or one element at a time, is held in the registers of the warps that share it. The mean's rounding
 // error is measured with the variance and taken out of both. Rows too long for that are read twice.

@@ -201,7 +201,7 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
         found[f"adaln_modulate_dual {d} per token"] = lambda x=x, m=per_token: adaln_modulate_dual.run(x, *m)
         found[f"gate_residual {d}"] = lambda x=x, m=per_sample: gate_residual.run(x, m[2], x)
         found[f"gate_residual_adaln {d}"] = lambda x=x, m=per_sample: gate_residual_adaln.run(x, m[2], x, m[3], m[4])
-        found[f"gate_residual_adaln {d}, no gate"] = lambda x=x, m=per_sample: gate_residual_adaln.run(x, None, x, *m[:2])
+        found[f"residual_adaln {d}"] = lambda x=x, m=per_sample: gate_residual_adaln.run(x, None, x, *m[:2])
     found["adaln_modulate odd"] = lambda: adaln_modulate.run(t(2, 7, 77), t(2, 77), t(2, 77))
     found["geglu"] = lambda: geglu.run(t(2, 4096, 2560))
     found["swiglu"] = lambda: swiglu.run(*t(2, 4096, 2 * 10240).chunk(2, -1))
