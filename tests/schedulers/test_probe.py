@@ -12,7 +12,8 @@ from test_trajectories import assert_same_books
 from torch import Tensor
 from trajectory import error, make, run
 
-from fastdiff.schedulers import stepper
+from fastdiff.patching._site import site_of
+from fastdiff.schedulers import plan, stepper
 from fastdiff.schedulers.probe import Call, LinearStep, Moment, NotLinear, probe, twin_of
 from fastdiff.schedulers.samplers import SAMPLERS, Sampler
 
@@ -156,3 +157,27 @@ def test_more_than_two_tensors() -> None:
         assert mine["site"] == "eager"
         assert error(mine["pred_original_sample"], their["pred_original_sample"]) < 1e-6
         assert_same_books(mine, their, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "entry", "expected"),
+    [
+        ([3.0, -1.5, 0.0, 0.2, 0.5], [2.0, -1.0], [0.0, 0.0, 1.5, 0.2, 0.5]),
+        ([3.0, -1.5 - 1e-12, 0.0, 0.2], [2.0, -1.0], None),  # no multiple
+        ([3.0, -1.5, 0.1, 0.2], [2.0, -1.0], None),  # the entry, perhaps clamped, has a term of its own
+        ([3.0, 0.0, 0.0, 0.2], [2.0, 0.0], None),
+        ([3.0, -1.5, 0.0, 0.2], [], None),
+    ],
+)
+def test_by_entry(coefficients: list[float], entry: list[float], expected: list[float] | None) -> None:
+    assert plan._by_entry(coefficients, entry) == (expected or coefficients)
+
+
+def test_unipc_by_entry() -> None:
+    """Sample and model output are in both sums through the new entry: two terms less in each."""
+    patched = make("UniPCMultistepScheduler", True)
+    for _ in range(2):
+        run(patched, torch.float32)
+    steps = [s for c in site_of(patched).state.schedule.configurations.values() for s in c.steps.values()]
+    sums = [row for s in steps for launch in s.plan.launches for row in (launch.prev, launch.kept) if row]
+    assert sum(row[:2] == [0.0, 0.0] and row[2] != 0 for row in sums) > len(sums) / 2
