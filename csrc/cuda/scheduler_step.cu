@@ -12,8 +12,10 @@ using Args = cpu::SchedulerStepArgs;
 
 constexpr int kBlock = 128;
 
+// A value with coefficient 0 is not in the sum, be it infinite: a step may clip it before.
 template <class Sum, int width>
 __device__ __forceinline__ void add(Sum (&sum)[width], double c, const Sum (&v)[width]) {
+  if (c == 0) return;
 #pragma unroll
   for (int i = 0; i < width; ++i) sum[i] = fma(static_cast<Sum>(c), v[i], sum[i]);
 }
@@ -39,7 +41,7 @@ __global__ void __launch_bounds__(kBlock, 8) scheduler_step_kernel(const __grid_
     for (int i = 0; i < width; ++i) wide[i] = v[i];
     add(next, t.in_next, wide);
     if (args.kept) add(kept, t.in_kept, wide);
-    if (t.in_entry != 0) add(entry, t.in_entry, wide);
+    add(entry, t.in_entry, wide);
   };
   add_operand(args.sample);
   add_operand(args.model_output);

@@ -192,7 +192,13 @@ class _Differentiable(torch.autograd.Function):
             return (None,) * (1 + len(op._parameters))
         arguments = ctx.arguments | dict(zip(ctx.saved, ctx.saved_tensors, strict=True))
         found = op._backward.function(frozenset(needed), grads, **arguments)
-        results = {n: _shaped(found[n], *ctx.like[n]) for n in needed}
+        results: dict[str, torch.Tensor] = {}
+        for name in needed:
+            grad = _shaped(found[name], *ctx.like[name])
+            # Two leaves would accumulate into the same memory.
+            if any(torch._C._is_alias_of(grad, other) for other in results.values()):
+                grad = grad.clone()
+            results[name] = grad
         return (None, *(results.get(n) for n in op._parameters))
 
 

@@ -65,7 +65,7 @@ def scheduler_step(
     operands = [sample, model_output, None, noise, *history]
     new = None
     if entry:
-        new = entry[0] * sample.to(wide) + entry[1] * model_output.to(wide)
+        new = _combination(entry, operands[:2], wide)
         operands[2] = new = new if clip is None else new.clamp(-clip, clip)
     kept_dtype = kept_dtype or sample.dtype
     return (
@@ -80,7 +80,9 @@ def scheduler_step(
 
 
 def _combination(coefficients: Sequence[float], tensors: Sequence[Tensor | None], wide: torch.dtype) -> Tensor:
-    terms = [c * t.to(wide) for c, t in zip(coefficients, tensors, strict=True) if t is not None]
+    """Their sum. A tensor with coefficient 0 is not in it, be it infinite."""
+    present = [(c, t) for c, t in zip(coefficients, tensors, strict=True) if t is not None]
+    terms = [c * t.to(wide) for c, t in present if c] or [torch.zeros_like(present[0][1], dtype=wide)]
     return functools.reduce(operator.add, terms)
 
 

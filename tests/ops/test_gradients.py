@@ -175,6 +175,25 @@ def test_numerics(name: str, dtype: torch.dtype) -> None:
         assert pool[3] > 0 and error <= limit, f"gradient of {leaf}: {error:.3g}, eager {of_eager:.3g}"
 
 
+@pytest.mark.parametrize("name", [*CASES, "one sample, vectors"])
+def test_gradients_accumulate(name: str) -> None:
+    """Each leaf has memory of its own: what comes second is added to it once."""
+    if name in CASES:
+        op, make = CASES[name]
+        call = make(torch.Generator().manual_seed(0), torch.float32)
+    else:
+        op, call = adaln_modulate, ((torch.randn(1, 9, 64), None, torch.randn(1, 64), None, torch.randn(64)), {})
+    call, leaves = leaves_of(call, torch.float32)
+    for times in (1, 2):
+        torch.cat([o.flatten() for o in outputs_of(op, call)]).sum().backward()
+        grads = {n: t.grad for n, t in leaves.items()}
+        if times == 1:
+            single = {n: g.clone() for n, g in grads.items()}
+    assert len({g.data_ptr() for g in grads.values()}) == len(leaves)
+    for n, grad in grads.items():
+        assert torch.equal(grad, 2 * single[n]), n
+
+
 @pytest.mark.numerics
 @pytest.mark.parametrize("nhwc", [False, True])
 def test_threads_agree(nhwc: bool) -> None:

@@ -170,6 +170,26 @@ def test_nonfinite() -> None:
     assert_same_nonfinite(scheduler_step, sample, output, *rest[:4], 1.0, *rest[5:])
 
 
+@pytest.mark.numerics
+def test_coefficient_0_is_no_term() -> None:
+    """A step that clips its new entry takes an infinite model output in, and is finite as stock's."""
+    sample, output = torch.randn(2, 1, 2, 3, 8).unbind()
+    output[0, 0, 0, 2], output[0, 0, 1, 1] = float("inf"), -float("inf")
+    old = torch.full_like(sample, float("inf"))
+    call = (sample, output, [old], None, [0.7, 0.0, 0.3, 0.0, 0.0], [0.5, 2.0], 1.0)
+    following, new, third = run_kernel(scheduler_step, *call, kept=[0.0, 0.0, 2.0, 0.0, 0.0])
+    clipped = (0.5 * sample + 2.0 * output).clamp(-1, 1)
+    torch.testing.assert_close(new, clipped)
+    torch.testing.assert_close(following, 0.7 * sample + 0.3 * clipped)
+    torch.testing.assert_close(third, 2 * clipped)
+    eager = scheduler_step.eager(*call, kept=[0.0, 0.0, 2.0, 0.0, 0.0])
+    for ours, theirs in zip((following, new, third), eager, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    zeros = run_kernel(scheduler_step, sample, output, [], None, [0.0] * 4, [])[0]
+    assert torch.equal(zeros, torch.zeros_like(sample))
+    assert torch.equal(scheduler_step.eager(sample, output, [], None, [0.0] * 4, [])[0], zeros)
+
+
 def test_results_are_new_tensors() -> None:
     sample, output, *_ = _call(history=0)
     first, second = [1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0]

@@ -18,9 +18,14 @@ _NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @_math.device
 def _times(coefficient, value):
-    """Their product in the value's type: scalars come in fp64."""
-    if not _math.INTERPRETED:  # where they are Python's
+    """Their product in the value's type: scalars come in fp64. Of a value that is not in the sum nothing is left, be it
+    infinite."""
+    if _math.INTERPRETED:  # where they are Python's
+        if coefficient == 0:
+            value = tl.zeros_like(value)
+    else:
         coefficient = coefficient.to(value.dtype)
+        value = tl.where(coefficient == 0, tl.zeros_like(value), value)
     return coefficient * value
 
 
