@@ -153,21 +153,19 @@ __device__ __forceinline__ void hide(const AttentionArgs& args, const Head& head
                        first_query * args.mask_strides[2] + first_key * args.mask_strides[3];
   // Inside of a tile, 32 bits do.
   const int query_stride = static_cast<int>(args.mask_strides[2]), key_stride = static_cast<int>(args.mask_strides[3]);
-  const auto with_each = [&](const auto& masked) {
-    for_each([&](int query, int key, float& s) {
-      if (key >= keys) s = -INFINITY;
-      else if (query < queries) s = masked(mask + (query * query_stride + key * key_stride), s * args.scale);
-    });
-  };
-  if (args.mask_is_bool)
-    with_each([&](int64_t at, float s) {
+  for_each([&](int query, int key, float& s) {
+    if (key >= keys) s = -INFINITY;
+    if (key >= keys || query >= queries) return;
+    const int64_t at = mask + (query * query_stride + key * key_stride);
+    s *= args.scale;
+    if (args.mask_is_bool) {
       const uint8_t* attend = static_cast<const uint8_t*>(args.mask) + at;
       check_read(attend, 1, 1);
-      return *attend ? s : -INFINITY;
-    });
-  else
-    with_type(args.mask, args.mask_dtype,
-              [&](auto* p) { with_each([&](int64_t at, float s) { return s + load_one(p + at); }); });
+      if (!*attend) s = -INFINITY;
+    } else {
+      with_type(args.mask, args.mask_dtype, [&](auto* p) { s += load_one(p + at); });
+    }
+  });
 }
 
 // The factor of what the softmax sees, to powers of two.
