@@ -153,6 +153,8 @@ class FusedOp(Generic[P, R]):
 
 Gradients = Callable[..., dict[str, torch.Tensor]]
 
+_is_alias_of: Callable[[torch.Tensor, torch.Tensor], bool] = torch._C._is_alias_of  # type: ignore[attr-defined]
+
 
 class Backward(NamedTuple):
     """What :meth:`FusedOp.backward` was given."""
@@ -196,7 +198,7 @@ class _Differentiable(torch.autograd.Function):
         for name in needed:
             grad = _shaped(found[name], *ctx.like[name])
             # Two leaves would accumulate into the same memory.
-            if any(torch._C._is_alias_of(grad, other) for other in results.values()):
+            if any(_is_alias_of(grad, other) for other in results.values()):
                 grad = grad.clone()
             results[name] = grad
         return (None, *(results.get(n) for n in op._parameters))

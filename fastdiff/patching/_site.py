@@ -47,22 +47,29 @@ def packed(function: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> C
 def _method(function: Callable[..., Any], cls: Any, name: str) -> Callable[..., Any]:
     """``function`` in place of the method ``name`` of ``cls``; where it is not installed, the method itself.
 
-    Code that wraps forwards may keep a replacement and call it long after it was taken out.
+    Code that wraps forwards may keep a replacement and call it long after it was taken out. Token mergers and the like
+    exchange an object's class for one with a method of its own, which then is called.
     """
-    mark = _mark(name)
+    mark, stock = _mark(name), getattr(cls, name)
+
+    def other(self: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if mark not in self.__dict__:
+            return getattr(type(self), name)(self, *args, **kwargs)
+        return self.__dict__[SITE].stock(f"its class was exchanged for {type(self).__name__}", self, *args, name=name,
+                                         **kwargs)  # fmt: skip
 
     if function in _packed:
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if mark not in self.__dict__:
-                return getattr(type(self), name)(self, *args, **kwargs)
+            if mark not in self.__dict__ or (type(self) is not cls and getattr(type(self), name) is not stock):
+                return other(self, args, kwargs)
             return function(self, args, kwargs)
 
     else:
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if mark not in self.__dict__:
-                return getattr(type(self), name)(self, *args, **kwargs)
+            if mark not in self.__dict__ or (type(self) is not cls and getattr(type(self), name) is not stock):
+                return other(self, args, kwargs)
             return function(self, *args, **kwargs)
 
     method.__name__ = name

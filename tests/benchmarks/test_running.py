@@ -28,6 +28,7 @@ from _harness import Rates
 from _results import Row, Timing, key_of, load, rows_of, save
 from _runner import Job, run_jobs
 from benchmark_scripts import BENCHMARKS, run, script
+from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 import fastdiff
@@ -332,6 +333,21 @@ def test_tensors_are_counted_at_the_largest_moment() -> None:
     kept = torch.ones(16 << 18)
     assert 64 << 20 <= memory.largest_live(call) < 65 << 20
     assert kept.nbytes <= memory.largest_live(lambda: kept.add(1)) < kept.nbytes + (1 << 20)
+
+
+@pytest.mark.parametrize("strided", [False, True])
+def test_a_patched_block_has_no_more_tensors_at_once(strided: bool) -> None:
+    model = UNet2DConditionModel(
+        block_out_channels=(32,), layers_per_block=1, cross_attention_dim=16, norm_num_groups=8, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",),
+        use_linear_projection=not strided,
+    )  # fmt: skip
+    model.eval().requires_grad_(False)
+    inputs = torch.randn(2, 4, 32, 32), 10, torch.randn(2, 5, 16)
+    stock = memory.largest_live(lambda: model(*inputs))
+    fastdiff.patch(model)
+    model(*inputs)
+    assert memory.largest_live(lambda: model(*inputs)) <= stock
 
 
 def test_cold_start_of_a_child() -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from source_tree import python
+from source_tree import ROOT, python
 
 import fastdiff
 from fastdiff import _extension
@@ -62,10 +62,10 @@ def unusable(package: Path, before: str = "") -> tuple[str, str]:
 def test_only_stable_symbols() -> None:
     # What makes one file serve every torch from 2.10 on.
     nm = subprocess.run(["nm", "-D", str(extension())], capture_output=True, text=True, check=True).stdout
-    undefined, defined = set(), set()
+    undefined, optional, defined = set(), set(), set()
     for line in nm.splitlines():
         kind, name = line.split()[-2:]
-        (undefined if kind in "Uwv" else defined).add(name)
+        {"U": undefined, "w": optional, "v": optional}.get(kind, defined).add(name)
     assert defined == {"PyInit__C"}
     stable = re.compile(
         r"(aoti_torch_|torch_|_?Py)\w+"  # torch's C ABI and Python's
@@ -73,6 +73,9 @@ def test_only_stable_symbols() -> None:
         r"|_ITM_(de)?registerTMCloneTable|__gmon_start__"  # weak, of the C runtime
     )
     assert {name for name in undefined if not stable.fullmatch(name)} == set()
+    # What is used where a torch has it, and where not, done in Python.
+    exported = re.findall(r'FASTDIFF_EXPORTED\("(\w+)"\)', (ROOT / "csrc/torch_abi.h").read_text())
+    assert {name for name in optional if not stable.fullmatch(name)} == set(exported)
 
 
 @needs_extension

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -43,6 +44,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "sliced": lambda x: torch.cat([x, x + 1], 1)[:, : x.shape[1]],
     "permuted": lambda x: x.movedim(2, 0).contiguous().movedim(0, 2),
 }
+
+
+
+def numerics_on_gpus(reason: str) -> pytest.MarkDecorator:
+    """Of tests of what a CPU kernel refuses, and so not among the numbers of one."""
+    return pytest.mark.skip(reason=reason) if BACKEND == "cpu" else pytest.mark.numerics
 
 
 def run_kernel(op: FusedOp[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from numerics import (
     assert_compiles,
     assert_gradients,
     assert_numerics,
+    numerics_on_gpus,
     run_kernel,
 )
 from torch import Tensor
@@ -233,8 +234,7 @@ def test_large_logits(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out, attention.eager(q.double(), k.double(), v.double())[0].to(dtype))
 
 
-@pytest.mark.numerics
-@pytest.mark.skipif(BACKEND == "cpu", reason="on a CPU masks are contiguous along the keys")
+@numerics_on_gpus("on a CPU masks are contiguous along the keys")
 @pytest.mark.parametrize("sizes", [(2, 70, 90, 2, 40), (2, 3, 300, 2, 64)], ids=["queries", "few queries"])
 @pytest.mark.parametrize("kind", ["bool", "additive", "bool, strided", "additive, strided"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -20,6 +20,7 @@ from numerics import (
     assert_gradients,
     assert_numerics,
     assert_same_nonfinite,
+    numerics_on_gpus,
     run_kernel,
 )
 from torch import Tensor
@@ -134,8 +135,7 @@ def test_sizes_of_models(heads: int, depth: int, width: int, across: bool) -> No
         )
 
 
-@pytest.mark.numerics
-@pytest.mark.skipif(BACKEND == "cpu", reason="on a CPU tables are float32")
+@numerics_on_gpus("on a CPU tables are float32")
 @pytest.mark.parametrize("table_dtype", TABLE_DTYPES, ids=str)
 @pytest.mark.parametrize("joined", [False, True], ids=["tables", "pairs"])
 @pytest.mark.parametrize("depth", [22, 128])

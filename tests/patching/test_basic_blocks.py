@@ -126,3 +126,31 @@ def test_a_norm_exchanged_or_watched_later() -> None:
     block.norm2 = nn.Identity()
     assert not torch.allclose(output(model, inputs), expected)
     assert [row.reason for row in rows(model)].count("a norm is a Identity") == 1
+
+
+class Doubling(BasicTransformerBlock):
+    """As token mergers put in a block's place, by its class."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return 2 * super().forward(*args, **kwargs)
+
+
+class Dynamic(BasicTransformerBlock):
+    """As FSDP makes one for every class."""
+
+
+def test_a_class_exchanged_later() -> None:
+    model = fastdiff.patch(randomized(Wrapper()))
+    x, text = tensors()
+    expected = model(x, text)
+    for block in model.blocks:
+        block.__class__ = Dynamic
+    assert torch.equal(model(x, text), expected)
+    assert all(row.fused for row in fastdiff.report(model).rows)
+    model.blocks[1].__class__ = Doubling
+    assert (model(x, text) - 2 * expected).norm() < 1e-5 * expected.norm()
+    assert [row.reason for row in fastdiff.report(model).rows if not row.fused] == [
+        "its class was exchanged for Doubling"
+    ]
+    model.blocks[1].__class__ = BasicTransformerBlock
+    assert torch.equal(model(x, text), expected)

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from fastdiff.patching._site import Site
 from fastdiff.patching.blocks import Block, forward
 from fastdiff.patching.blocks.token_norms import (
     NORM_SOURCES,
@@ -63,7 +62,9 @@ def basic_block(
             attention_mask=encoder_attention_mask,
             **kwargs,
         )
-    return _feed_forward(site, self, h, hidden_states)
+    hidden_states, h = gated_then_modulated(site, "norm3", h, None, hidden_states, norm3)
+    h = parts["ff"](h)
+    return h + hidden_states
 
 
 def temporal_block(
@@ -80,24 +81,14 @@ def temporal_block(
     tokens, channels = hidden_states.shape[1:]
     x = hidden_states.unflatten(0, (-1, num_frames)).transpose(1, 2).reshape(-1, num_frames, channels)
     h = parts["ff_in"](modulated(site, "norm_in", norm_in, x))
-    if self.is_res:
-        x, h = gated_then_modulated(site, "norm1", h, None, x, norm1)
-    else:
-        x, h = h, modulated(site, "norm1", norm1, h)
+    x, h = gated_then_modulated(site, "norm1", h, None, x, norm1)
     h = parts["attn1"](h, encoder_hidden_states=None)
     if (attn2 := parts.get("attn2")) is not None:
         x, h = gated_then_modulated(site, "norm2", h, None, x, norm2)
         h = attn2(h, encoder_hidden_states=encoder_hidden_states)
-    x = _feed_forward(site, self, h, x, residual=self.is_res)
+    x, h = gated_then_modulated(site, "norm3", h, None, x, norm3)
+    x = parts["ff"](h) + x
     return x.unflatten(0, (-1, tokens)).transpose(1, 2).reshape(-1, tokens, channels)
-
-
-def _feed_forward(site: Site, block: Any, branch: Tensor, x: Tensor, *, residual: bool = True) -> Tensor:
-    """A block from its last attention on, whose result is ``branch``."""
-    parts = block._modules
-    x, h = gated_then_modulated(site, "norm3", branch, None, x, parts["norm3"])
-    h = parts["ff"](h)
-    return h + x if residual else h
 
 
 def _norms(block: Any, *names: str) -> list[Any]:
@@ -123,5 +114,9 @@ TEMPORAL_BLOCK = Block(
     what="LayerNorm; residual + LayerNorm",
     sources=("forward", *NORM_SOURCES),
     methods=forward(temporal_block),
-    refuse=lambda module: why_not_kinds(*_norms(module, "norm_in", "norm1", "norm2", "norm3")),
+    refuse=lambda module: (
+        why_not_kinds(*_norms(module, "norm_in", "norm1", "norm2", "norm3"))
+        if module.is_res
+        else "its width inside is another, without residuals"
+    ),
 )

@@ -143,17 +143,19 @@ def ltx2_block(
             videos[0], encoder_hidden_states=sounds[0], query_rotary_emb=ca_video_rotary_emb,
             key_rotary_emb=ca_audio_rotary_emb, attention_mask=a2v_cross_attention_mask,
         )  # fmt: skip
+    if use_v2a_cross_attention:
+        audio_out = self.video_to_audio_attn(
+            sounds[1], encoder_hidden_states=videos[1], query_rotary_emb=ca_audio_rotary_emb,
+            key_rotary_emb=ca_video_rotary_emb, attention_mask=v2a_cross_attention_mask,
+        )  # fmt: skip
+    if use_a2v_cross_attention:
         x, h = gated_then_modulated(site, "norm3", out, to_video[4], x, self.norm3, scale, shift)
     else:
         h = modulated(site, "norm3", self.norm3, x, scale, shift)
     x = gated(site, "feed-forward gate", self.ff(h), gate, x)
     if use_v2a_cross_attention:
-        out = self.video_to_audio_attn(
-            sounds[1], encoder_hidden_states=videos[1], query_rotary_emb=ca_audio_rotary_emb,
-            key_rotary_emb=ca_video_rotary_emb, attention_mask=v2a_cross_attention_mask,
-        )  # fmt: skip
         audio, h = gated_then_modulated(
-            site, "audio_norm3", out, to_audio[4], audio, self.audio_norm3, audio_scale, audio_shift
+            site, "audio_norm3", audio_out, to_audio[4], audio, self.audio_norm3, audio_scale, audio_shift
         )
     else:
         h = modulated(site, "audio_norm3", self.audio_norm3, audio, audio_scale, audio_shift)

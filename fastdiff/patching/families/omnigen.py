@@ -24,11 +24,11 @@ def omnigen_block(self: Any, hidden_states: Tensor, attention_mask: Tensor, imag
     """Replaces ``OmniGenBlock.forward``."""
     site = self._fastdiff_site
     h = modulated(site, "norm before attention", self.input_layernorm, hidden_states)
-    out = self.self_attn(
+    h = self.self_attn(
         hidden_states=h, encoder_hidden_states=h, attention_mask=attention_mask, image_rotary_emb=image_rotary_emb
     )
     norm = self.post_attention_layernorm
-    x, h = gated_then_modulated(site, "norm before feed-forward", out, None, hidden_states, norm)
+    x, h = gated_then_modulated(site, "norm before feed-forward", h, None, hidden_states, norm)
     result: Tensor = x + self.mlp(h)
     return result
 

@@ -43,7 +43,7 @@ def _block(block: Any, x: Tensor, text: Tensor, modulation: Any, rotary_emb: Any
     return gated(site, "feed-forward gate", block.ffn(h), gate_mlp, x)
 
 
-@guarded("norm1", "norm2", "norm3")
+@guarded("norm1", "norm3", or_identity="norm2")
 def wan_block(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor
 ) -> Tensor:
@@ -56,7 +56,7 @@ def wan_block(
     return _block(self, hidden_states, encoder_hidden_states, modulation, rotary_emb)
 
 
-@guarded("norm1", "norm2", "norm3")
+@guarded("norm1", "norm3", or_identity="norm2")
 def skyreels_block(
     self: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Any, attention_mask: Any
 ) -> Tensor:
@@ -67,7 +67,7 @@ def skyreels_block(
     return _block(self, hidden_states, encoder_hidden_states, modulation, rotary_emb, attention_mask)
 
 
-@guarded("norm1", "norm2", "norm3")
+@guarded("norm1", "norm3", or_identity="norm2")
 def vace_block(
     self: Any,
     hidden_states: Tensor,
