@@ -107,7 +107,7 @@ def gated_then_modulated(
     """``y = residual + gate * x`` (or ``residual + x``), and ``norm(y) * (1 + scale) + shift``."""
     if gate is None and (x.shape != residual.shape or x.dtype != residual.dtype):  # of somebody's own processor
         y = residual + x
-        return y, modulated(site, slot, norm, y, scale, shift)
+        return y, norm(y) if scale is None and shift is None else modulated(site, slot, norm, y, scale, shift)
     return site.serve(
         slot, gate_residual_adaln, x, gate, residual, scale, shift, *parameters_of(norm, residual), rms=is_rms(norm)
     )  # fmt: skip
