@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(Attention<T, depth, few>::kMostWarps* kWarp, 1
         }
       }
       if (args.lse && lane % 4 == 0 && own_column == 0)
-        store_one(args.lse + place, base[r] == -INFINITY ? -INFINITY : base[r] * scale * kLn2 + logf(all));
+        store_one(args.lse + place, base[r] * scale * kLn2 + logf(all));  // a NaN is in `all` only
     }
   });
 }

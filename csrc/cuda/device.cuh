@@ -22,11 +22,15 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int64_t kMaxBlocks = (int64_t{1} << 31) - 1;  // of a launch
 
+// More than 48 KB of shared memory must be asked for. These are dynamic and static together, of which a kernel that has
+// both has at most 16 KB static; the emulation counts.
+constexpr size_t kUnaskedShared = 32 << 10;
+
 #ifdef FASTDIFF_CUDA_EMULATION
 // A variable in shared memory: FASTDIFF_SHARED(float[32], partial);
 #define FASTDIFF_SHARED(type, name)                     \
   static ::emulation::StaticShared<type> name##_memory; \
-  auto& name = name##_memory.value
+  auto& name = name##_memory.use()
 inline void check_read(const void* p, size_t bytes, size_t alignment) { emulation::check(p, bytes, alignment, false); }
 inline void check_write(const void* p, size_t bytes, size_t alignment) { emulation::check(p, bytes, alignment, true); }
 template <class T>
@@ -40,7 +44,8 @@ template <class... Parameters, class... Arguments>
 const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, size_t shared, Stream,
                    Arguments... arguments) {
   if (blocks > kMaxBlocks) return "the call needs more than 2^31 blocks";
-  emulation::run(__PRETTY_FUNCTION__, dim3(blocks), block, shared, [=] { kernel(arguments...); });
+  const size_t limit = shared > kUnaskedShared ? emulation::kSharedLimit : emulation::kUnaskedLimit;
+  emulation::run(__PRETTY_FUNCTION__, dim3(blocks), block, shared, limit, [=] { kernel(arguments...); });
   return nullptr;
 }
 #else
@@ -75,7 +80,7 @@ const char* launch(void (*kernel)(Parameters...), int64_t blocks, dim3 block, si
                    Arguments... arguments) {
   if (blocks > kMaxBlocks) return "the call needs more than 2^31 blocks";
   cudaError_t status = cudaSuccess;
-  if (shared > 48 << 10)  // which needs to be asked for
+  if (shared > kUnaskedShared)
     status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   if (status == cudaSuccess) {
     kernel<<<dim3(blocks), block, shared, stream>>>(arguments...);

@@ -172,8 +172,6 @@ def refusals(device: str, table_dtypes: frozenset[torch.dtype] = DTYPES) -> dict
         silu: bool = True,
         tokens: bool = False,
     ) -> str | None:
-        if x.shape[1] // num_groups > 8192:
-            return f"a group has {x.shape[1] // num_groups} channels, more than 8192"
         return _affine(weight, bias) or reason(x, weight, bias, temb, scale, shift)
 
     def rms_norm_silu(
@@ -279,8 +277,9 @@ def refusals(device: str, table_dtypes: frozenset[torch.dtype] = DTYPES) -> dict
         for t in (q, k, text_q, text_k, *affine):
             if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1:
                 return "a tensor's last axis is not contiguous"
-        if across_heads and max(q.shape[2], k.shape[2]) * q.shape[3] > 16384:
-            return f"the norm is over {max(q.shape[2], k.shape[2]) * q.shape[3]} elements, more than 16384"
+        normed = q.shape[3] * (max(q.shape[2], k.shape[2]) if across_heads else 1)
+        if normed > 16384:
+            return f"the norm is over {normed} elements, more than 16384"
         if cos is not None:
             if cos.stride(-1) != 1 or (sin is None and cos.stride(-2) != 2):
                 return "a rotary table's last axis is not contiguous"

@@ -25,9 +25,10 @@ from fastdiff.backends._gpu import (
 from fastdiff.backends.cpu import run_overload
 from fastdiff.backends.losses import first_tensor, is_measured
 
-#: Elements of a channel of group_norm_silu, and from one query or key to the next in a mask of attention, and channels
-#: of rms_norm_silu, as in csrc/cuda.
-MAX_PIXELS, MAX_MASK_STRIDE, MAX_RMS_CHANNELS = 2**31, 2**23, 4096
+#: As in csrc/cuda: elements of a channel of group_norm_silu, channels of its groups, and those of rms_norm_silu;
+#: queries or keys of attention, and elements from one to the next in its mask.
+MAX_PIXELS, MAX_GROUP_CHANNELS, MAX_RMS_CHANNELS = 2**31, 32768, 4096
+MAX_TOKENS, MAX_MASK_STRIDE = 2**30, 2**23
 #: Of rows, as in csrc/cpu/adaln.h.
 MAX_AXES = 5
 #: Rotary tables are rounded to fp32 where they are finer.
@@ -87,7 +88,9 @@ def _too_many_axes(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return f"x has {x.dim()} axes, more than {MAX_AXES}" if x.dim() > MAX_AXES else None
 
 
-def _image_too_large(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
+def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> str | None:
+    if (channels := x.shape[1] // num_groups) > MAX_GROUP_CHANNELS:
+        return f"a group has {channels} channels, more than {MAX_GROUP_CHANNELS}"
     return "a channel has 2^31 elements or more" if x.shape[2:].numel() >= MAX_PIXELS else None
 
 
@@ -95,7 +98,9 @@ def _too_many_channels(x: Tensor, *args: Any, **kwargs: Any) -> str | None:
     return f"there are {x.shape[1]} channels, more than {MAX_RMS_CHANNELS}" if x.shape[1] > MAX_RMS_CHANNELS else None
 
 
-def _mask_too_wide(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
+def _beyond_32_bits(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> str | None:
+    if max(q.shape[1], k.shape[1]) > MAX_TOKENS:
+        return f"there are {max(q.shape[1], k.shape[1])} queries or keys, more than 2^30"
     if attn_mask is not None:
         for size, stride in zip(attn_mask.shape[-2:], attn_mask.stride()[-2:], strict=True):
             if size > 1 and stride > MAX_MASK_STRIDE:
@@ -107,10 +112,10 @@ def _mask_too_wide(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = N
 _LIMITS: dict[str, Refuse] = {
     "adaln_modulate": _too_many_axes,
     "adaln_modulate_dual": _too_many_axes,
-    "attention": _mask_too_wide,
+    "attention": _beyond_32_bits,
     "gate_residual": _too_many_axes,
     "gate_residual_adaln": _too_many_axes,
-    "group_norm_silu": _image_too_large,
+    "group_norm_silu": _group_too_large,
     "rms_norm_silu": _too_many_channels,
 }
 #: The ops that have a CUDA kernel.

@@ -48,8 +48,17 @@ def test_refusals() -> None:
     assert "8388616 elements apart" in str(refuse["attention"](q, keys, keys, wide))
     assert refuse["adaln_modulate"](torch.zeros(1, 20000)) is None
     assert refuse["gate_residual_adaln"](*[torch.zeros(1, 20000)] * 4) is None
-    assert refuse["group_norm_silu"](torch.zeros(1, 5000, 3), 1) is None
-    assert "9000 channels, more than 8192" in str(refuse["group_norm_silu"](torch.zeros(1, 9000, 3), 1))
+    assert refuse["group_norm_silu"](torch.zeros(1, 32768, 3), 1) is None
+    assert "32769 channels, more than 32768" in str(refuse["group_norm_silu"](torch.zeros(1, 32769, 3), 1))
+    many = q[:, :1].expand(1, 2**30 + 1, 1, 8)
+    for arguments in ((many, keys, keys), (q, many, many)):
+        assert "1073741825 queries or keys, more than 2^30" in str(refuse["attention"](*arguments))
+    deep = torch.zeros(1, 2, 1, 16400)
+    for across in (False, True):
+        assert "over 16400 elements, more than 16384" in str(refuse["qk_norm_rope"](deep, deep, across_heads=across))
+    heads = torch.zeros(1, 2, 130, 128)
+    assert "over 16640 elements" in str(refuse["qk_norm_rope"](heads, heads, across_heads=True))
+    assert refuse["qk_norm_rope"](heads, heads) is None
     for mask in (torch.zeros(2, 1), torch.zeros(5, 2, dtype=torch.bool).mT):
         assert refuse["attention"](q, keys, keys, mask) is None
     for dtype in (torch.float64, torch.bfloat16):

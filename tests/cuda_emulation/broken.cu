@@ -76,6 +76,14 @@ __global__ void past_shared(const float* x, float* out) {
   store_one(out + threadIdx.x, values[threadIdx.x + 1]);
 }
 
+// `bytes` of static shared memory.
+template <int bytes>
+__global__ void use_static_shared(const float* x, float* out) {
+  FASTDIFF_SHARED(float[bytes / sizeof(float)], values);
+  values[threadIdx.x] = load_one(x + threadIdx.x);
+  store_one(out + threadIdx.x, values[threadIdx.x]);
+}
+
 __global__ void barrier_of_some(const float* x, float* out) {
   float v = load_one(x + threadIdx.x);
   if (threadIdx.x < 16) __syncthreads();
@@ -111,7 +119,8 @@ __global__ void matrices(const float* x, float* out, int shift) {
 }
 
 const char* run(const std::string& name, const float* x, float* out) {
-  const size_t shared = kThreads * sizeof(float);
+  const bool most = name.starts_with("32 KB");
+  const size_t shared = most ? 32 << 10 : kThreads * sizeof(float);
   const auto with = [&](auto kernel, auto... more) { return launch(kernel, 2, dim3(kThreads), shared, nullptr, x, out, more...); };
   if (name == "reverse") return with(reverse<true>);
   if (name == "reverse, no barrier") return with(reverse<false>);
@@ -126,6 +135,8 @@ const char* run(const std::string& name, const float* x, float* out) {
   if (name == "packs, misaligned") return with(copy_packs, 1);
   if (name == "shared memory half written") return with(half_written);
   if (name == "past shared memory") return with(past_shared);
+  if (name == "32 KB of dynamic and 16 of static shared memory") return with(use_static_shared<16 << 10>);
+  if (name == "32 KB of dynamic and more of static shared memory") return with(use_static_shared<(16 << 10) + 4>);
   if (name == "barrier of some") return with(barrier_of_some);
   if (name == "masks differ") return with(masks_differ);
   if (name == "packs, written misaligned") return with(write_packs, 1);

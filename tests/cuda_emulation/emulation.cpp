@@ -15,6 +15,7 @@
 namespace emulation {
 
 Where where;
+int64_t launches = 0;
 
 namespace {
 
@@ -100,7 +101,7 @@ const char* kernel_name = "";
 std::string error;
 std::vector<Range> allowed, static_shared;
 std::vector<char> shared_memory;
-size_t shared_size = 0;
+size_t shared_size = 0, shared_limit = 0, static_size = 0;
 
 std::mt19937 order;  // in which fibers run
 
@@ -272,6 +273,13 @@ void add_static_shared(void* data, size_t bytes) {
   static_shared.push_back({static_cast<char*>(data), static_cast<char*>(data) + bytes, true});
 }
 
+void count_static_shared(size_t bytes) {
+  static_size += bytes;
+  if (static_size + shared_size > shared_limit)
+    fail("needs " + std::to_string(static_size) + " bytes of static and " + std::to_string(shared_size) +
+         " of dynamic shared memory, and has " + std::to_string(shared_limit));
+}
+
 void copy_async(void* to, const void* from, size_t bytes, size_t valid) {
   check(to, bytes, bytes, true);
   if (valid) check(from, valid, bytes, false);
@@ -294,14 +302,14 @@ void wait_copies(int groups_left) {
   }
 }
 
-void run(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared, size_t limit, const std::function<void()>& body) {
   const size_t threads = static_cast<size_t>(block.x) * block.y * block.z;
   kernel_name = kernel, error.clear();
   const auto refuse = [&](const std::string& why) { throw std::runtime_error(std::string(kernel) + ": " + why); };
   if (threads == 0 || threads > 1024 || block.z > 64) refuse("a block of " + describe(block) + " threads");
   if (!grid.x || !grid.y || !grid.z || grid.x >= 1u << 31 || grid.y > 65535 || grid.z > 65535)
     refuse("a grid of " + describe(grid) + " blocks");
-  if (shared > kSharedLimit) refuse(std::to_string(shared) + " bytes of shared memory");
+  if (shared > limit) refuse(std::to_string(shared) + " bytes of shared memory");
   if (threads > stacks_count) {
     if (stacks) munmap(stacks, stacks_count * kStack);
     stacks_count = threads;
@@ -310,7 +318,8 @@ void run(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::fu
     if (stacks == MAP_FAILED) throw std::bad_alloc();
   }
   fibers.resize(threads);
-  shared_size = shared;
+  ++launches;
+  shared_size = shared, shared_limit = limit, static_size = 0;
   shared_memory.resize(shared + kGuard + 128);
   kernel_body = &body;
   where = {dim3(), dim3(), block, grid};

@@ -12,6 +12,11 @@ from source_tree import ROOT
 from torch import Tensor
 
 SEEDS = range(5)
+#: Kernels without a mistake.
+RIGHT = (
+    *("copy", "reverse", "reverse twice", "packs", "asynchronous copy"),
+    "32 KB of dynamic and 16 of static shared memory",
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +34,12 @@ def run(library: ctypes.CDLL, name: str, seed: int) -> tuple[Tensor, Tensor, str
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("name", ["copy", "reverse", "reverse twice", "packs", "asynchronous copy"])
+@pytest.mark.parametrize("name", RIGHT)
 def test_correct_kernels(library: ctypes.CDLL, name: str, seed: int) -> None:
     x, out, error = run(library, name, seed)
     expected = {
         "copy": x,
+        "32 KB of dynamic and 16 of static shared memory": x,
         "reverse twice": 2 * x.flip(0) + 1,
         "packs": torch.cat([x[:60], torch.full((4,), torch.nan)]),
     }
@@ -61,6 +67,7 @@ def test_correct_kernels(library: ctypes.CDLL, name: str, seed: int) -> None:
         ("matrices, misaligned", "reads 16 bytes at an address that is not a multiple of 16"),
         ("matrices past shared memory", "reads 16 bytes out of bounds"),
         ("past shared memory", "written behind the 256 bytes of shared memory"),
+        ("32 KB of dynamic and more of static shared memory", "needs 16388 bytes of static and 32768 of dynamic"),
         ("barrier of some", "__shfl_xor_sync|threads wait for ever"),
         ("masks differ", "different masks"),
     ],

@@ -151,7 +151,13 @@ def test_scheduler_step_is_one_launch_and_costs_little_host_time() -> None:
     assert microseconds < 10
 
 
-@pytest.mark.parametrize("op", ["gelu_tanh", "group_norm_silu", "group_norm_silu channels_last", "adaln_modulate"])
+@pytest.mark.parametrize(
+    "op",
+    [
+        *("adaln_modulate", "gelu_tanh", "group_norm_silu", "group_norm_silu channels_last", "rms_norm_silu"),
+        "rms_norm_silu channels_last",
+    ],
+)
 def test_more_than_2_to_31_elements(op: str) -> None:
     if torch.cuda.get_device_properties(0).total_memory < 40 << 30:
         pytest.skip("needs 40 GB")
@@ -165,7 +171,7 @@ def test_more_than_2_to_31_elements(op: str) -> None:
         got, x = got[:, 30:], x[:, 30:]  # the last group
         expected = ops.group_norm_silu.eager(x.float(), 1)
         torch.testing.assert_close(got[..., -4:].float(), expected[..., -4:], rtol=0.02, atol=0.02)
-    else:
+    else:  # a row, or a pixel, needs no others
         tail = x[..., -999:, :] if x.dim() > 1 else x[-999:]
         expected = getattr(ops, name).eager(tail.double())
         torch.testing.assert_close(
@@ -205,13 +211,22 @@ def small_calls(device: str) -> None:
         for layout in (x, x.contiguous(memory_format=torch.channels_last)):
             call("group_norm_silu", layout, 2)
         call("group_norm_silu", x, 2, tokens=True)
-    large = randn(1, 2570, 2, 2, device=device)  # a group of more channels than a block has threads
-    for layout in (large, large.contiguous(memory_format=torch.channels_last)):
-        call("group_norm_silu", layout, 1)
+    # A group of more channels than a block has threads, the pixels split too, and the most channels.
+    for shape in ((1, 2570, 2, 2), (1, 2056, 2, 4), (1, 32767, 2, 1)):
+        x = randn(*shape, device=device)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            call("group_norm_silu", layout, 1)
+    for channels in (40, 4096):  # in packs along the pixels and the channels; and the most shared memory
+        x = randn(1, channels, 8, 8, device=device)
+        for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            call("rms_norm_silu", layout, randn(channels, device=device))
     for rms in (False, True):  # rows longer than the registers, of whole packs and not
         for width in (8200, 8195):
             x, gate, residual = randn(3, 1, 2, width, device=device)
-            call("gate_residual_adaln", x, gate, residual, gate, rms=rms)
+            call("adaln_modulate", x, gate, residual, rms=rms)
+            call("adaln_modulate_dual", x, gate, residual, residual, gate, rms=rms)
+            for g in (gate, None):
+                call("gate_residual_adaln", x, g, residual, gate, rms=rms)
     # Resident keys, streamed ones, a depth of whole packs and not, few queries, two warps for a row.
     for queries, keys, depth in ((70, 77, 40), (33, 300, 256), (20, 70, 33), (7, 90, 64), (40, 33, 512)):
         call("attention", *(randn(1, n, 2, depth, device=device) for n in (queries, keys, keys)))

@@ -97,7 +97,7 @@ def assert_numerics(
     rule: str = "rounded",
     seeds: int = 10,
 ) -> None:
-    """Hold the CPU kernel of ``op`` to the numerics rule.
+    """Hold the kernel under test of ``op`` to the numerics rule.
 
     Args:
         op: the op; its ``eager``, on the arguments in fp64, is the reference.

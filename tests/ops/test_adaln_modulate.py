@@ -114,16 +114,13 @@ def test_rows_longer_than_the_registers(dtype: torch.dtype, columns: int, rms: b
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_out_dtype_and_modulation_of_another_dtype(dtype: torch.dtype, out_dtype: torch.dtype) -> None:
-    for seed in range(3):
-        generator = torch.Generator().manual_seed(seed)
-        x = rows(generator, *SHAPE, dtype=dtype)
-        scale, shift = modulations(generator, "token", 2, SHAPE, torch.float32)
-        out = run_kernel(adaln_modulate, x, scale, shift, out_dtype=out_dtype)
-        exact = adaln_modulate.eager(x.double(), scale.double(), shift.double())
-        assert out.dtype == out_dtype
-        error = (out.double() - exact).norm() / exact.norm()
-        rounding = (exact.to(out_dtype).double() - exact).norm() / exact.norm()
-        assert error <= (5 if out_dtype == torch.float32 else 1.02) * rounding
+    def arguments(generator: torch.Generator) -> Arguments:
+        modulation = modulations(generator, "token", 2, SHAPE, torch.float32)
+        return (rows(generator, *SHAPE, dtype=dtype), *modulation), {"out_dtype": out_dtype}
+
+    assert_numerics(adaln_modulate, arguments)
+    args, kwargs = arguments(torch.Generator())
+    assert run_kernel(adaln_modulate, *args, **kwargs).dtype == out_dtype
 
 
 def test_eager_is_what_diffusers_computes() -> None:

@@ -1,4 +1,4 @@
-"""group_norm_silu: numbers of the CPU kernel, layouts, fallbacks, contract."""
+"""group_norm_silu: numbers of the kernels, layouts, fallbacks, contract."""
 
 from __future__ import annotations
 
@@ -122,12 +122,14 @@ class TestNumerics:
 
     @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "tokens"])
     @pytest.mark.parametrize(
-        ("channels", "groups", "pixels"), [(2560, 1, (3,)), (2056, 2, (2, 4)), (2062, 2, (3,))], ids=str
+        ("channels", "groups", "pixels"),
+        [(2560, 1, (3,)), (2056, 1, (2, 4)), (2056, 2, (2, 4)), (2062, 2, (3,))],
+        ids=str,
     )
     def test_groups_of_many_channels(
         self, dtype: torch.dtype, layout: str, channels: int, groups: int, pixels: tuple[int, ...]
     ) -> None:
-        """More than a block has threads: in whole packs, and not."""
+        """More than a block has threads: in whole packs, and not; with the pixels split too, and not."""
         tokens = layout == "tokens"
         layout = "contiguous" if tokens else layout
         options = {"layout": layout, "modulation": dtype, "tokens": tokens, "offset": 20}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastdiff.backends import Kernel, Refuse, register, unavailable
 from fastdiff.backends._facts import fact
@@ -29,6 +30,8 @@ from fastdiff.backends.triton._config import torch_is_faster, triton_version
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 #: The oldest NVIDIA architecture whose tensor cores take bfloat16.
 OLDEST = (8, 0)
+#: The largest group of group_norm_silu in channels: a tile holds all of them.
+MAX_GROUP_CHANNELS = 8192
 #: Triton's, of the oldest torch that is served (2.10).
 TRITON_MIN = (3, 5)
 
@@ -97,11 +100,18 @@ def _run(implementation: Callable[..., Any], overload: Callable[..., Any]) -> Ca
     return run
 
 
+def _group_too_large(x: Tensor, num_groups: int, *args: Any, **kwargs: Any) -> str | None:
+    channels = x.shape[1] // num_groups
+    return f"a group has {channels} channels, more than {MAX_GROUP_CHANNELS}" if channels > MAX_GROUP_CHANNELS else None
+
+
 def _refuse(op: str, shared: Refuse) -> Refuse:
     """What no GPU backend takes, and what this GPU does not."""
 
     def refuse(*args: Any, **kwargs: Any) -> str | None:
         reason = shared(*args, **kwargs)
+        if reason is None and op == "group_norm_silu":
+            reason = _group_too_large(*args, **kwargs)
         if reason is not None or INTERPRETED:
             return reason
         first = first_tensor(args, kwargs)

@@ -82,6 +82,7 @@ BY_ARCHITECTURE: dict[tuple[int, int], dict[str, Config]] = {
         "rms_norm": {"elements": 32768, "warps": 4},
         "attention": {"m": 256, "n": 256, "warps": 4, "stages": 1},
         "short_attention": _SHORT | {"m": 256, "n": 128, "waves": 1},
+        "short_attention/fp32": DEFAULT["short_attention/fp32"],
     },
     (9, 0): _HOPPER,
     # Its tensor memory does not hold the products of more blocks.

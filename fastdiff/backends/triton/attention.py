@@ -4,13 +4,14 @@ A head dimension D is held as D0 + D1, the largest power of two below it and the
 which is held as 32 + 16; 72 and 80 as 64 + 16): padding to the next power of two would cost up to twice the work.
 The keys of the second kernel are blocks of 64 and a smaller one (77 = 64 + 16, 300 = 4 * 64 + 64).
 
-How many keys stay on the chip, in half precision; with more, and in fp32, the first kernel runs.
+How many keys stay on the chip, in half precision; with more, and in fp32, the first kernel runs. Architectures that are
+not in the table are as sm_80, as far as their shared memory goes (sm_89 is one of them).
 Shared memory is the limit but at 160 (of 256: 128): there it is the registers, which more would spill, and on sm_100
 tensor memory.
 
-==============  =====  =====  =====  ================
-head dimension  sm_80  sm_89  sm_90  sm_100 and later
-==============  =====  =====  =====  ================
+==============  =====  =====  =====  ======
+head dimension  sm_80  sm_89  sm_90  sm_100
+==============  =====  =====  =====  ======
 32              512    512    512    320
 64              512    352    512    320
 40              160    160    512    160
@@ -19,7 +20,7 @@ head dimension  sm_80  sm_89  sm_90  sm_100 and later
 112, 128        160    160    416    160
 160             160    96     160    160
 256             128    80     128    128
-==============  =====  =====  =====  ================
+==============  =====  =====  =====  ======
 """
 
 from __future__ import annotations

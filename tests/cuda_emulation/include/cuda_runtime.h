@@ -5,6 +5,7 @@
 // What is checked, each with a message that names kernel, block and thread:
 //   * memory that kernels reach through the functions of device.cuh and ptx.cuh: bounds, read-only, alignment;
 //   * shared memory starts as NaN in every block, and a guard zone behind it must survive the block;
+//   * static and dynamic shared memory together stay within what the launch asked for;
 //   * barriers and warp collectives that not all threads reach, or that lanes reach with different masks.
 #pragma once
 
@@ -56,13 +57,24 @@ void forget_allowed();
 void check(const void* data, size_t bytes, size_t alignment, bool write);
 
 constexpr size_t kSharedLimit = 99 << 10;  // the smallest opt-in limit of the supported architectures (sm_89, sm_120)
+constexpr size_t kUnaskedLimit = 48 << 10;  // where more is not asked for
 constexpr int kMultiprocessors = 132;
 void* dynamic_shared();
 void add_static_shared(void* data, size_t bytes);
+extern int64_t launches;
+void count_static_shared(size_t bytes);  // of the current launch
 template <class T>
-struct StaticShared {
-  StaticShared() { add_static_shared(&value, sizeof value); }
-  alignas(128) T value;
+class StaticShared {
+ public:
+  StaticShared() { add_static_shared(&value_, sizeof value_); }
+  T& use() {
+    if (std::exchange(used_in_, launches) != launches) count_static_shared(sizeof value_);
+    return value_;
+  }
+
+ private:
+  alignas(128) T value_;
+  int64_t used_in_ = 0;
 };
 
 // cp.async: the copy happens when the group is waited for, and until then the destination is NaN.
@@ -70,7 +82,8 @@ void copy_async(void* to, const void* from, size_t bytes, size_t valid);
 void commit_copies();
 void wait_copies(int groups_left);
 
-void run(const char* kernel, dim3 grid, dim3 block, size_t shared, const std::function<void()>& body);
+// shared: dynamic shared memory; limit: of all shared memory; both in bytes.
+void run(const char* kernel, dim3 grid, dim3 block, size_t shared, size_t limit, const std::function<void()>& body);
 
 template <class T>
 T exchange(const char* name, unsigned mask, T value, int source) {
