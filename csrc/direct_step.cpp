@@ -21,11 +21,14 @@ struct Type {
   explicit Type(const char* name, cpu::DType kind)
       : dtype(Torch::get().module.attr(name)), number(dtype_number(dtype)), kind(kind) {}
 
-  template <class Same>
-  static const Type* find(const Same& same) {
+  static const auto& all() {
     static const auto* types = new std::array{Type("float32", cpu::DType::f32), Type("bfloat16", cpu::DType::bf16),
                                               Type("float16", cpu::DType::f16)};
-    for (const Type& type : *types)
+    return *types;
+  }
+  template <class Same>
+  static const Type* find(const Same& same) {
+    for (const Type& type : all())
       if (same(type)) return &type;
     return nullptr;
   }
@@ -139,6 +142,8 @@ PyObject* call(PyObject*, PyObject* const* given, Py_ssize_t count) {
 }  // namespace
 
 void define_direct_step(py::module_& m) {
+  // The dtypes are found here, by torch, which lets other threads run: in a first call two could wait for each other.
+  if (torch_exports_all()) Type::all();
   static PyMethodDef method = {"scheduler_step", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call)),
                                METH_FASTCALL, "The op's arguments, all by position -> its results, or NotImplemented"};
   m.attr("scheduler_step") = owned(PyCFunction_NewEx(&method, nullptr, nullptr));

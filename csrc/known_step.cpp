@@ -4,13 +4,17 @@
 #include <memory>
 
 namespace fastdiff {
+namespace {
+
+PyObject* randn_names = nullptr;  // of arguments
+
+}  // namespace
 
 void KnownStep::draw(Values& values, const py::object& generator) const {
-  static PyObject* names = PyTuple_Pack(2, NAME("device").ptr(), NAME("dtype").ptr());
   size_t position = kNoise;
   for (const py::object& dtype : drawn_) {
     PyObject* arguments[] = {shape_.ptr(), generator.ptr(), device_.ptr(), dtype.ptr()};
-    values[position++] = Value(owned(PyObject_Vectorcall(randn_.ptr(), arguments, 2, names)));
+    values[position++] = Value(owned(PyObject_Vectorcall(randn_.ptr(), arguments, 2, randn_names)));
   }
 }
 
@@ -149,6 +153,7 @@ py::object known_step(const py::dict& parts) {
 }  // namespace
 
 void define_known_step(py::module_& m) {
+  randn_names = owned(PyTuple_Pack(2, NAME("device").ptr(), NAME("dtype").ptr())).release().ptr();
   m.def("known_step", &known_step, py::arg("parts"),
         "A step that is known, as a function; `parts` as in fastdiff/schedulers/known.py.");
 }

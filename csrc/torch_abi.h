@@ -26,7 +26,8 @@ bool aoti_torch_grad_mode_is_enabled();
 }
 
 // C++ functions that torch exports besides, by the names that linkers know them by, in which their arguments' types are
-// written down: a torch that has others has none of these, and then they are null. All take an at::Tensor by address.
+// written down: a torch that has others has none of these, and then they are null. What they return is not in a name;
+// from 2.10 to 2.13 it is this. All take an at::Tensor by address.
 #ifdef __APPLE__
 #define FASTDIFF_EXPORTED(name) __asm__("_" name) __attribute__((weak_import))
 #else

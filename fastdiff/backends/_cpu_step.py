@@ -32,7 +32,10 @@ def _empty(dtype: torch.dtype | None, own: torch.dtype) -> Callable[[Tensor], Te
 
 
 def directly(run: Callable[..., Any]) -> Callable[..., Any]:
-    """What serves the op: on small tensors the extension itself, else, and where anybody watches, ``run``."""
+    """What serves the op: on small tensors the extension itself, else, and where anybody watches, ``run``.
+
+    It knows of no gradients, forward mode or autocast: the backend has refused such calls.
+    """
     compiled = getattr(_extension.module, "scheduler_step", None)  # an extension from before has none
     if compiled is None:
         return run

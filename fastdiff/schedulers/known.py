@@ -112,8 +112,8 @@ def known_step(sampler: Sampler, begins: bool, lists: tuple[str, ...], randn: Ca
     }  # fmt: skip
     try:
         known: Known = compiled(parts)
-    except Exception:  # of a tensor that does not tell what it is: the step is done, and the next one needs no haste
-        return None
+    except (ValueError, RuntimeError):  # a tensor does not tell what it is, or torch lacks what the extension uses
+        return None  # the step is done, and Python does the next ones
     return known
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -312,6 +314,50 @@ def test_what_prepared_leaves_to_the_dispatcher(what: str) -> None:
     got = DISPATCHED[what](step, args[:4])
     assert calls == [1]
     assert torch.equal(got[0].view_as(wanted), wanted)  # but for the transform's axis
+
+
+@pytest.mark.parametrize("what", DISPATCHED)
+def test_what_the_direct_path_leaves_to_the_dispatcher(what: str) -> None:
+    args = _call()
+    calls = []
+    run = scheduler_step.overload
+    direct = _cpu_step.directly(lambda *a: calls.append(1) or run(*a))
+    wanted = direct(*args)[0]
+    assert not calls
+    got = DISPATCHED[what](lambda *tensors: direct(*tensors, *args[4:]), args[:4])
+    assert calls == [1]
+    assert torch.equal(got[0].view_as(wanted), wanted)  # but for the transform's axis
+    large = torch.zeros(_cpu_step.SMALL + 1)
+    direct(large, large, [], None, [1.0, 0.5, 0.0, 0.0], [])
+    assert calls == [1, 1]
+
+
+def test_first_calls_of_several_threads() -> None:
+    """What they need is there before: a thread that waited for another's would keep the interpreter from it."""
+    code = """
+import threading, torch
+from fastdiff import _extension
+meet, done = threading.Barrier(8), []
+def first():
+    tensors = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
+    meet.wait()
+    done.append(_extension.module.scheduler_step(*tensors, [], None, [1.0, 0.5, 0.0, 0.0], [], *[None] * 3, [], None))
+threads = [threading.Thread(target=first) for _ in range(8)]
+[t.start() for t in threads]
+[t.join() for t in threads]
+assert len(done) == 8
+"""
+    for _ in range(3):
+        subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_without_what_torch_may_not_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same by the dispatcher."""
+    args = _call()
+    wanted = scheduler_step(*args)
+    monkeypatch.setattr(_extension.module, "scheduler_step", lambda *args: NotImplemented)
+    got = _cpu_step.directly(scheduler_step.overload)(*args)
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
 WITHOUT_ADDRESS = {
